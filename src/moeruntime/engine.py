@@ -1,0 +1,404 @@
+"""The engine: every variant of a pack, served from one device.
+
+One step is the whole story: the scheduler picks tokens, residency reconfigures, the model runs
+them all together, the sampler chooses. Everything else here is admission and text.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from moeruntime.errors import ResourceError, UsageError
+from moeruntime.kernels import TokenGroup
+from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
+from moeruntime.loading import load_experts, resolve_device, resolve_dtype
+from moeruntime.memory import plan_memory
+from moeruntime.models import Batch, Decoder
+from moeruntime.models.batch import Span, token_groups
+from moeruntime.pack import Pack, WeightSource
+from moeruntime.prompts import Prompts
+from moeruntime.request import Delta, FinishReason, Output, Request
+from moeruntime.residency import Residency
+from moeruntime.sampler import sample
+from moeruntime.scheduler import Chunk, Scheduler
+from moeruntime.sequence import Sequence as TokenSequence
+from moeruntime.text import TextStream
+
+__all__ = ["Engine", "EngineOptions"]
+
+DEFAULT_MAX_SEQUENCES = 32
+DEFAULT_MAX_STEP_TOKENS = 2048
+# Rows of logits computed at once when scoring; bounds a [rows, vocabulary] float32 tensor.
+SCORE_ROWS = 512
+
+
+class EngineOptions(TypedDict, total=False):
+    """The keyword arguments of `Engine`, for those who pass them on."""
+
+    device: str
+    dtype: str
+    resident: int | None
+    max_sequences: int
+    max_step_tokens: int
+    cache_bytes: int | None
+    on_progress: Callable[[str], None] | None
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request between submission and its output."""
+
+    sequence: TokenSequence
+    stream: TextStream
+
+
+class Engine:
+    """Generates from any variant of a pack; requests of different variants share every step.
+
+    Not thread-safe: one thread calls it.
+    """
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        resident: int | None = None,
+        max_sequences: int = DEFAULT_MAX_SEQUENCES,
+        max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
+        cache_bytes: int | None = None,
+        on_progress: Callable[[str], None] | None = None,
+    ) -> None:
+        """Load everything.
+
+        Args:
+            source: usually an open `Pack`; the engine closes it with itself.
+            device: "cpu", "cuda", "cuda:1", ...; "auto" takes CUDA where there is one.
+            dtype: "float32", "bfloat16", "float16"; "auto" is what the pack stores on CUDA and
+                float32 on CPU.
+            resident: variants whose non-expert weights are on the device at once; None means all.
+            max_sequences: most requests in one step.
+            max_step_tokens: most tokens in one step.
+            cache_bytes: size of the key-value cache; None chooses one that fits.
+            on_progress: called with a line for each part loaded.
+
+        Raises:
+            UsageError: a value makes no sense.
+            ResourceError: no such device, or not enough memory; nothing was loaded.
+        """
+        manifest = source.manifest
+        num_variants = len(manifest.variants)
+        resident = num_variants if resident is None else resident
+        if resident < 1:
+            raise UsageError(f"resident is {resident}; at least one variant must be on the device")
+        if not 1 <= max_sequences <= max_step_tokens:
+            raise UsageError(
+                f"max_sequences {max_sequences} must lie in 1..max_step_tokens {max_step_tokens}"
+            )
+        self.source = source
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
+        self.memory = plan_memory(
+            source,
+            num_slots=min(resident, num_variants),
+            dtype=self.dtype,
+            device=self.device,
+            max_sequences=max_sequences,
+            cache_bytes=cache_bytes,
+        )
+        say = on_progress or (lambda line: None)
+        self.residency = Residency(
+            source,
+            min(resident, num_variants),
+            self.dtype,
+            self.device,
+            on_variant=lambda name: say(f"variant {name}"),
+        )
+        experts = []
+        for layer in range(manifest.config.num_layers):
+            experts.append(load_experts(source, layer, self.dtype, self.device))
+            say(f"experts of layer {layer + 1}/{manifest.config.num_layers}")
+        self._blocks = BlockPool(self.memory.num_blocks)
+        cache = KVCache(manifest.config, self.memory.num_blocks, self.dtype, self.device)
+        self._variant_idx = {name: idx for idx, name in enumerate(manifest.variant_names)}
+        expert_map_VLE = torch.tensor([v.expert_map for v in manifest.variants], device=self.device)
+        self.model = Decoder(
+            manifest.config, self.residency.weights, experts, expert_map_VLE, cache
+        )
+        self.scheduler = Scheduler(
+            self._blocks,
+            self.residency,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+        )
+        self._max_step_tokens = max_step_tokens
+        self._prompts = Prompts(source, self.memory.num_blocks)
+        self._live: dict[int, _Live] = {}
+        self._next_id = 0
+
+    @classmethod
+    def from_pack(cls, path: str | Path, **options: Unpack[EngineOptions]) -> Self:
+        """Open the pack at `path` and load it; `Engine` explains the options.
+
+        Raises:
+            InputError, IntegrityError: there is no pack at `path`, or not a sound one.
+        """
+        pack = Pack(path)
+        try:
+            return cls(pack, **options)
+        except BaseException:
+            pack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the template worker and close the pack's files."""
+        self._prompts.close()
+        self.source.close()
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Cache blocks nobody owns; all of them when the engine is idle."""
+        return self._blocks.num_free
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id.
+
+        Raises:
+            RequestError: unknown variant, token ids outside the vocabulary, or a prompt that
+                leaves no room in the context or the cache.
+            TokenizerError: the variant cannot turn this prompt into tokens.
+        """
+        prompt_ids = self._prompts.encode(request)
+        sampling = self._prompts.fit(request.sampling, len(prompt_ids))
+        if sampling.seed is None and sampling.temperature > 0:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        request_id = self._next_id
+        self._next_id += 1
+        sequence = TokenSequence(request_id, request.variant, prompt_ids, sampling)
+        stream = TextStream(self._prompts.text(request.variant).tokenizer, sampling.stop)
+        self._live[request_id] = _Live(sequence, stream)
+        self.scheduler.add(sequence)
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request wherever it is and take back all it holds; unknown ids are ignored."""
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            self.scheduler.remove(live.sequence)
+
+    def step(self) -> list[Delta]:
+        """Run one step over everything that can run and return what it added."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        # The kernels want each variant's tokens side by side.
+        chunks.sort(key=lambda chunk: self.residency.slot(chunk.sequence.variant))
+        batch = self._build(chunks)
+        hidden_TH = self.model.forward(batch)
+        for chunk in chunks:
+            chunk.sequence.num_cached += chunk.num_tokens
+        rows = [
+            (row, chunk.sequence)
+            for row, chunk in zip(batch.last_rows, chunks, strict=True)
+            if chunk.sequence.num_pending == 0
+        ]
+        if not rows:
+            return []
+        sequences = [sequence for _, sequence in rows]
+        logits_NV = self._logits(hidden_TH, rows)
+        tokens = sample(
+            logits_NV, [s.sampling for s in sequences], [s.uniform() for s in sequences]
+        )
+        return [self._advance(s, token) for s, token in zip(sequences, tokens, strict=True)]
+
+    def generate(self, requests: Iterable[Request]) -> list[Output]:
+        """Run requests to the end, batched together; outputs come in the order of the requests.
+
+        Raises:
+            RequestError, TokenizerError: one of them cannot be served; none has run then.
+        """
+        ids: list[int] = []
+        try:
+            for request in requests:
+                ids.append(self.submit(request))
+            outputs: dict[int, Output] = {}
+            while len(outputs) < len(ids):
+                for delta in self.step():
+                    if delta.output:
+                        outputs[delta.request_id] = delta.output
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Run one request, yielding text as it becomes certain; the last delta has the output."""
+        request_id = self.submit(request)
+        try:
+            while request_id in self._live:
+                yield from (delta for delta in self.step() if delta.request_id == request_id)
+        finally:
+            self.abort(request_id)
+
+    def tokenize(self, request: Request) -> list[int]:
+        """The token ids a request's prompt becomes."""
+        return self._prompts.encode(request)
+
+    @torch.inference_mode()
+    def score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probability (natural) of each token given those before it in its window.
+
+        Args:
+            variant: whose weights to use.
+            windows: token ids; each window stands alone and fits the context.
+
+        Returns:
+            One float32 CPU tensor a window, one shorter than the window.
+
+        Raises:
+            RequestError: unknown variant, or a window that does not fit.
+            ResourceError: running requests hold every resident slot or the whole cache.
+        """
+        self.source.variant(variant)
+        for window in windows:
+            self._prompts.check_ids(window)
+            self._prompts.check_room(len(window))
+        if not self.residency.admit(variant):
+            raise ResourceError("every resident slot is held by running requests")
+        try:
+            self.residency.wait_for(variant)
+            return [
+                logprobs
+                for group in self._score_groups(windows)
+                for logprobs in self._score(variant, group)
+            ]
+        finally:
+            self.residency.release(variant)
+
+    # -- one step, in pieces ----------------------------------------------------------------
+
+    def _build(self, chunks: Sequence[Chunk]) -> Batch:
+        for variant in {chunk.sequence.variant for chunk in chunks}:
+            self.residency.wait_for(variant)
+        return Batch.build(
+            [
+                self._span(
+                    chunk.sequence.variant,
+                    chunk.sequence.pending_ids(chunk.num_tokens),
+                    chunk.sequence.num_cached,
+                    chunk.sequence.block_table[
+                        : blocks_for(chunk.sequence.num_cached + chunk.num_tokens)
+                    ],
+                )
+                for chunk in chunks
+            ],
+            self.device,
+        )
+
+    def _span(
+        self, variant: str, token_ids: Sequence[int], start: int, blocks: Sequence[int]
+    ) -> Span:
+        return Span(
+            self.residency.slot(variant), self._variant_idx[variant], token_ids, start, blocks
+        )
+
+    def _logits(self, hidden_TH: Tensor, rows: Sequence[tuple[int, TokenSequence]]) -> Tensor:
+        picked = torch.tensor([row for row, _ in rows], device=self.device)
+        groups = token_groups([self.residency.slot(s.variant) for _, s in rows])
+        return self.model.logits(hidden_TH[picked], groups)
+
+    def _advance(self, sequence: TokenSequence, token: int) -> Delta:
+        """Take a chosen token into a sequence; finish it if this was its last."""
+        live = self._live[sequence.request_id]
+        sequence.output_ids.append(token)
+        is_eos = token in self._prompts.text(sequence.variant).eos_ids
+        text = "" if is_eos else live.stream.push(token)
+        reason: FinishReason | None = None
+        if is_eos or live.stream.stopped:
+            reason = "stop"
+        elif len(sequence.output_ids) == sequence.sampling.max_tokens:
+            reason = "length"
+        if reason is None:
+            return Delta(sequence.request_id, text, (token,))
+        text += live.stream.finish()
+        if live.stream.stopped:
+            reason = "stop"
+        sequence.finish_reason = reason
+        self.scheduler.remove(sequence)
+        del self._live[sequence.request_id]
+        output = Output(
+            sequence.variant,
+            live.stream.text,
+            tuple(sequence.output_ids),
+            len(sequence.prompt_ids),
+            reason,
+        )
+        return Delta(sequence.request_id, text, (token,), output)
+
+    # -- scoring, in pieces -----------------------------------------------------------------
+
+    def _score_groups(self, windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+        """Cut windows into steps of at most max_step_tokens (or one window) that fit the cache."""
+        group: list[Sequence[int]] = []
+        for window in windows:
+            num_tokens = sum(len(one) for one in (*group, window))
+            num_blocks = sum(blocks_for(len(one)) for one in (*group, window))
+            if group and (num_tokens > self._max_step_tokens or num_blocks > self._blocks.num_free):
+                yield group
+                group = []
+            group.append(window)
+        if group:
+            yield group
+
+    def _score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+        blocks = self._blocks.allocate(sum(blocks_for(len(window)) for window in windows))
+        if blocks is None:
+            raise ResourceError("the key-value cache is full of running requests")
+        try:
+            spans, left = [], iter(blocks)
+            for window in windows:
+                table = list(islice(left, blocks_for(len(window))))
+                spans.append(self._span(variant, window, 0, table))
+            batch = Batch.build(spans, self.device)
+            hidden_TH = self.model.forward(batch)
+            return [
+                self._token_logprobs(hidden_TH[start:stop], window, batch.groups[0].slot)
+                for (start, stop, _), window in zip(batch.spans, windows, strict=True)
+            ]
+        finally:
+            self._blocks.free(blocks)
+
+    def _token_logprobs(self, hidden_TH: Tensor, window: Sequence[int], slot: int) -> Tensor:
+        targets_T = torch.tensor(window[1:], device=self.device)
+        pieces = []
+        for hidden_NH, targets_N in zip(
+            hidden_TH[:-1].split(SCORE_ROWS), targets_T.split(SCORE_ROWS), strict=True
+        ):
+            logits_NV = self.model.logits(hidden_NH, [TokenGroup(slot, 0, len(hidden_NH))])
+            logprobs_NV = logits_NV.log_softmax(dim=-1)
+            pieces.append(logprobs_NV.gather(1, targets_N[:, None])[:, 0])
+        return torch.cat(pieces).cpu()

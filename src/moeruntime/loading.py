@@ -1,0 +1,58 @@
+"""Choosing where and in what precision to compute, and bringing the experts there."""
+
+from __future__ import annotations
+
+import torch
+
+from moeruntime.errors import ResourceError, UsageError
+from moeruntime.models.decoder import ExpertLayer
+from moeruntime.pack import WeightSource
+from moeruntime.tensorfile import DTYPES
+
+__all__ = ["load_experts", "resolve_device", "resolve_dtype"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" names; it must exist."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device '{name}' is not 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{name}' is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ResourceError(f"device '{name}': this machine has {count} CUDA devices")
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
+    """A dtype's name to the dtype; "auto" is what is stored on CUDA, float32 on CPU."""
+    if name == "auto":
+        return DTYPES[stored] if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(f"dtype '{name}' is not one of auto, {', '.join(known)}")
+    return known[name]
+
+
+def load_experts(
+    source: WeightSource, layer: int, dtype: torch.dtype, device: torch.device
+) -> ExpertLayer:
+    """Bring one layer's pool to the device through one slot of host memory."""
+    config, num_slots = source.manifest.config, source.manifest.num_slots[layer]
+    hidden, inner = config.hidden_size, config.intermediate_size
+    stored = DTYPES[source.manifest.expert_dtype]
+    pools = []
+    for part, shape in (("gate_up", (2 * inner, hidden)), ("down", (hidden, inner))):
+        pool = torch.empty((num_slots, *shape), dtype=dtype, device=device)
+        staging = torch.empty(shape, dtype=stored, pin_memory=device.type == "cuda")
+        for slot in range(num_slots):
+            source.read_slot(layer, part, slot, out=staging)
+            pool[slot].copy_(staging)
+        pools.append(pool)
+    return ExpertLayer(*pools)

@@ -1,0 +1,127 @@
+"""What an engine will need, predicted from the pack's headers before a byte is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moeruntime.errors import ResourceError
+from moeruntime.kv_cache import KVCache, blocks_for
+from moeruntime.pack import WeightSource
+
+__all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
+
+# Activations, the allocator's rounding, and on a GPU the context and library workspaces.
+RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+# Without an explicit size the cache takes at most this part of what is left.
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Predicted bytes by part; everything but `host_bytes` is on the compute device.
+
+    Attributes:
+        experts_bytes: all slots of all layers.
+        shared_bytes: non-expert tensors that all variants have in common.
+        resident_bytes: the resident variants' own non-expert tensors.
+        cache_bytes: keys and values.
+        host_bytes: host copies of the variants' own tensors; 0 when all are resident.
+        num_blocks: cache blocks that cache_bytes buys.
+    """
+
+    experts_bytes: int
+    shared_bytes: int
+    resident_bytes: int
+    cache_bytes: int
+    host_bytes: int
+    num_blocks: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """All weights on the device."""
+        return self.experts_bytes + self.shared_bytes + self.resident_bytes
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ResourceError("/proc/meminfo does not say how much memory is available")
+
+
+def plan_memory(
+    source: WeightSource,
+    *,
+    num_slots: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_sequences: int,
+    cache_bytes: int | None,
+) -> MemoryPlan:
+    """Predict what an engine takes and check that it is there.
+
+    Args:
+        source: what is to be loaded.
+        num_slots: resident variants.
+        dtype: compute dtype of weights and cache.
+        device: where they go.
+        max_sequences: sequences the cache should hold at full context, if it can.
+        cache_bytes: the cache's size; None chooses one.
+
+    Raises:
+        ResourceError: it does not fit; says what is missing and what would help.
+    """
+    manifest = source.manifest
+    config = manifest.config
+    shared = manifest.shared_roles()
+    sizes = {
+        role: math.prod(shape) * dtype.itemsize
+        for role, shape in config.non_expert_shapes().items()
+    }
+    shared_bytes = sum(size for role, size in sizes.items() if role in shared)
+    private_bytes = sum(size for role, size in sizes.items() if role not in shared)
+    num_variants = len(manifest.variants)
+    experts_bytes = sum(manifest.num_slots) * config.expert_numel * dtype.itemsize
+    weights_bytes = experts_bytes + shared_bytes + num_slots * private_bytes
+    host_bytes = 0 if num_slots >= num_variants else num_variants * private_bytes
+
+    kind = device.type
+    available = available_bytes(device)
+    block_bytes = KVCache.block_bytes(config, dtype)
+    left = available - weights_bytes - RESERVE_BYTES[kind] - (host_bytes if kind == "cpu" else 0)
+    if cache_bytes is None:
+        wanted = max_sequences * blocks_for(config.max_context) * block_bytes
+        cache_bytes = min(wanted, int(left * CACHE_SHARE[kind]))
+    if left < max(cache_bytes, block_bytes):
+        needed = available - left + max(cache_bytes, block_bytes)
+        hint = _hint(num_slots, private_bytes, needed - available, dtype)
+        raise ResourceError(
+            f"{source.root}: needs {needed / 1e9:.1f} GB on {device}, {available / 1e9:.1f} GB are "
+            f"free (experts {experts_bytes / 1e9:.1f}, {num_slots} resident variants "
+            f"{(shared_bytes + num_slots * private_bytes) / 1e9:.1f}); {hint}"
+        )
+    return MemoryPlan(
+        experts_bytes=experts_bytes,
+        shared_bytes=shared_bytes,
+        resident_bytes=num_slots * private_bytes,
+        cache_bytes=cache_bytes // block_bytes * block_bytes,
+        host_bytes=host_bytes,
+        num_blocks=max(1, cache_bytes // block_bytes),
+    )
+
+
+def _hint(num_slots: int, private_bytes: int, missing_bytes: int, dtype: torch.dtype) -> str:
+    fewer = math.ceil(missing_bytes / private_bytes) if private_bytes else num_slots
+    if 0 < fewer < num_slots:
+        return f"--resident {num_slots - fewer} would fit"
+    if dtype.itemsize > 2:
+        return "--dtype bfloat16 would halve it"
+    return "a smaller cache, a larger device or a pack with more sharing is needed"

@@ -1,0 +1,110 @@
+"""One step's input as tensors: tokens of many sequences and variants, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from moeruntime.kernels import TokenGroup
+from moeruntime.kv_cache import BLOCK_TOKENS
+
+__all__ = ["Batch", "Span"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens one sequence brings to a step.
+
+    Attributes:
+        slot: resident slot of its variant's non-expert weights.
+        variant_idx: its variant's row of the expert map.
+        token_ids: the new tokens.
+        start: position of the first of them in the sequence.
+        block_table: its cache blocks, enough for every position up to the last new one.
+    """
+
+    slot: int
+    variant_idx: int
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step ready for the model; T tokens, grouped by resident slot.
+
+    Attributes:
+        token_ids_T, positions_T: int64.
+        slot_T, variant_T: int64; resident slot and expert-map row of each token.
+        cache_rows_T: int64; where each token's key and value go, block * BLOCK_TOKENS + row.
+        groups: the rows of each resident slot.
+        spans: (start, stop, context) a sequence, in the order of the batch.
+        block_tables: int64 blocks of each sequence.
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    slot_T: Tensor
+    variant_T: Tensor
+    cache_rows_T: Tensor
+    groups: tuple[TokenGroup, ...]
+    spans: tuple[tuple[int, int, int], ...]
+    block_tables: tuple[Tensor, ...]
+
+    @classmethod
+    def build(cls, sequences: Sequence[Span], device: torch.device) -> Batch:
+        """Lay sequences side by side; they must already be sorted by slot."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        variants: list[int] = []
+        rows: list[int] = []
+        spans: list[tuple[int, int, int]] = []
+        for sequence in sequences:
+            count = len(sequence.token_ids)
+            where = range(sequence.start, sequence.start + count)
+            spans.append((len(tokens), len(tokens) + count, sequence.start + count))
+            tokens += sequence.token_ids
+            positions += where
+            slots += [sequence.slot] * count
+            variants += [sequence.variant_idx] * count
+            rows += [
+                sequence.block_table[pos // BLOCK_TOKENS] * BLOCK_TOKENS + pos % BLOCK_TOKENS
+                for pos in where
+            ]
+        # One transfer for all the per-token integers.
+        packed = torch.tensor([tokens, positions, slots, variants, rows]).to(device)
+        token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
+        tables = tuple(torch.tensor(list(s.block_table), device=device) for s in sequences)
+        return cls(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            slot_T=slot_T,
+            variant_T=variant_T,
+            cache_rows_T=cache_rows_T,
+            groups=token_groups(slots),
+            spans=tuple(spans),
+            block_tables=tables,
+        )
+
+    @property
+    def last_rows(self) -> list[int]:
+        """Row of each sequence's last token."""
+        return [stop - 1 for _, stop, _ in self.spans]
+
+
+def token_groups(slots: Iterable[int]) -> tuple[TokenGroup, ...]:
+    """Runs of equal slots; each slot must form one run."""
+    groups = []
+    start = 0
+    for slot, run in groupby(slots):
+        stop = start + sum(1 for _ in run)
+        groups.append(TokenGroup(slot, start, stop))
+        start = stop
+    assert len({group.slot for group in groups}) == len(groups), "tokens not sorted by slot"
+    return tuple(groups)

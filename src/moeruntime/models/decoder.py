@@ -1,0 +1,137 @@
+"""A decoder-only mixture-of-experts transformer over shared experts and resident variants.
+
+There are no modules: the model is the order of the operations below. Weights come as views, one
+row a resident slot for what differs between variants, one slot a stored expert for the rest, so
+a step may mix any variants and a reconfiguration is a copy into a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeruntime import kernels
+from moeruntime.families import ModelConfig
+from moeruntime.families.base import layer_role
+from moeruntime.kernels import TokenGroup
+from moeruntime.kv_cache import KVCache
+from moeruntime.models.batch import Batch
+from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
+from moeruntime.models.moe import route
+
+__all__ = ["Decoder", "ExpertLayer", "parameter_roles"]
+
+
+def parameter_roles(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """The decoder's non-expert parameters, each with the stored roles whose rows it concatenates.
+
+    Query, key and value projections are one parameter, so that a step multiplies once.
+    """
+    parameters: dict[str, tuple[str, ...]] = {}
+    for role in config.non_expert_shapes():
+        prefix, _, name = role.rpartition(".")
+        if name == "q_proj":
+            parameters[f"{prefix}.qkv_proj"] = tuple(f"{prefix}.{n}_proj" for n in "qkv")
+        elif name not in ("k_proj", "v_proj"):
+            parameters[role] = (role,)
+    return parameters
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """One layer's pool of experts: gate_up [S, 2I, H] (gate rows first) and down [S, H, I]."""
+
+    gate_up: Tensor
+    down: Tensor
+
+
+class Decoder:
+    """The forward pass. It owns no memory but the views it was given."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        experts: Sequence[ExpertLayer],
+        expert_map_VLE: Tensor,
+        cache: KVCache,
+    ) -> None:
+        """Bind views.
+
+        Args:
+            config: the architecture.
+            weights: parameter of `parameter_roles` -> [R, ...], slot stride 0 where shared by all.
+            experts: one pool a layer.
+            expert_map_VLE: int64; variant, layer, logical expert -> slot.
+            cache: keys and values, written and read by every step.
+        """
+        self.config = config
+        self.weights = weights
+        self.experts = experts
+        self.expert_map_VLE = expert_map_VLE
+        self.cache = cache
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Run one step and write its keys and values to the cache.
+
+        Returns:
+            hidden_TH after the final norm, in the order of the batch.
+        """
+        config = self.config
+        hidden_TH = self.weights["embed_tokens"][batch.slot_T, batch.token_ids_T]
+        rotary = rotary_tables(
+            batch.positions_T, config.head_dim, config.rope_theta, hidden_TH.dtype
+        )
+        for layer in range(config.num_layers):
+            normed_TH = self._norm(hidden_TH, layer_role(layer, "input_norm"), batch)
+            hidden_TH = hidden_TH + self._attention(layer, normed_TH, batch, rotary)
+            normed_TH = self._norm(hidden_TH, layer_role(layer, "post_attention_norm"), batch)
+            hidden_TH = hidden_TH + self._experts(layer, normed_TH, batch)
+        return self._norm(hidden_TH, "final_norm", batch)
+
+    @torch.inference_mode()
+    def logits(self, hidden_NH: Tensor, groups: Sequence[TokenGroup]) -> Tensor:
+        """Vocabulary logits [N, V] in float32 of rows that `groups` assign to resident slots."""
+        head = self.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
+        return kernels.grouped_linear(hidden_NH, head, groups).float()
+
+    def _norm(self, x_TH: Tensor, parameter: str, batch: Batch) -> Tensor:
+        return rms_norm(x_TH, self.weights[parameter], batch.slot_T, self.config.rms_norm_eps)
+
+    def _attention(
+        self, layer: int, x_TH: Tensor, batch: Batch, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        config = self.config
+        qkv = kernels.grouped_linear(
+            x_TH, self.weights[layer_role(layer, "qkv_proj")], batch.groups
+        ).unflatten(1, (-1, config.head_dim))
+        query, key, value = qkv.split(
+            (config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1
+        )
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        kernels.write_cache(keys, batch.cache_rows_T, apply_rotary(key, *rotary))
+        kernels.write_cache(values, batch.cache_rows_T, value)
+        attended = kernels.paged_attention(
+            apply_rotary(query, *rotary),
+            keys,
+            values,
+            batch.spans,
+            batch.block_tables,
+            config.sliding_window,
+        )
+        return kernels.grouped_linear(
+            attended, self.weights[layer_role(layer, "o_proj")], batch.groups
+        )
+
+    def _experts(self, layer: int, x_TH: Tensor, batch: Batch) -> Tensor:
+        logits_TE = kernels.grouped_linear(
+            x_TH, self.weights[layer_role(layer, "router")], batch.groups
+        )
+        slot_map_TE = self.expert_map_VLE[batch.variant_T, layer]
+        slots_TK, weights_TK = route(logits_TE, slot_map_TE, self.config.top_k)
+        pool = self.experts[layer]
+        return kernels.expert_mlp(x_TH, slots_TK, weights_TK, pool.gate_up, pool.down)

@@ -1,0 +1,35 @@
+"""Normalisation and rotary embedding for a step of mixed variants.
+
+Legend: T tokens, R resident slots, H hidden, N heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_rotary", "rms_norm", "rotary_tables"]
+
+
+def rms_norm(x_TH: Tensor, weight_RH: Tensor, slot_T: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm (Zhang and Sennrich 2019) with each token's own variant's weight."""
+    x32 = x_TH.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
+    return weight_RH[slot_T] * normed.to(x_TH.dtype)
+
+
+def rotary_tables(
+    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, D] of the rotary embedding (Su et al. 2021), computed in float32."""
+    device = positions_T.device
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    angles = positions_T.float()[:, None] * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each head's pairs (first half, second half) by the token's angles."""
+    first, second = x_TND.chunk(2, dim=-1)
+    return x_TND * cos + torch.cat((-second, first), dim=-1) * sin

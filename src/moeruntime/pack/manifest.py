@@ -1,0 +1,319 @@
+"""manifest.json: frozen dataclasses on one side, strict JSON on the other.
+
+docs/format.md describes every field. Reading checks the document against itself (types, ranges,
+references); `reader` checks it against the files' headers, `verify` against their bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeruntime.errors import IntegrityError
+from moeruntime.families import FAMILIES, Family, ModelConfig
+from moeruntime.strict_json import Fields, canonical_json, read_json
+
+__all__ = [
+    "COMMON_FILE",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "Manifest",
+    "PackedFile",
+    "TensorRef",
+    "Variant",
+    "layer_file",
+    "valid_variant_name",
+    "variant_file",
+    "variant_folder",
+]
+
+FORMAT_VERSION = (0, 1)
+"""Major and minor. A reader takes its own major and any minor up to its own."""
+
+FORMAT_NAME = "moec-pack"
+MANIFEST_NAME = "manifest.json"
+COMMON_FILE = "variants/common.safetensors"
+MAX_VARIANTS = 1024
+MAX_LAYERS = 4096
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RESERVED_NAMES = {"common"}
+
+
+def valid_variant_name(name: str) -> bool:
+    """Whether a name can be a folder on any system: letters, digits, '.', '_', '-', at most 64."""
+    return bool(_NAME.fullmatch(name)) and name.casefold() not in _RESERVED_NAMES
+
+
+def layer_file(layer: int) -> str:
+    """Where one layer's experts are stored."""
+    return f"experts/layer-{layer:03d}.safetensors"
+
+
+def variant_file(name: str) -> str:
+    """Where the non-expert tensors of one variant alone are stored."""
+    return f"variants/{name}.safetensors"
+
+
+def variant_folder(name: str) -> str:
+    """Where a variant's config, tokenizer, chat template and generation config are stored."""
+    return f"variants/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """Size and digest of one file of the pack."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a non-expert tensor is: a file of the pack and a name in it."""
+
+    file: str
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One fine-tuned model of the pack.
+
+    Attributes:
+        name: unique in the pack, also when case is ignored.
+        content_sha256: digest over the names, dtypes, shapes and digests of its source tensors.
+        expert_map: [layer][logical expert] -> slot.
+        tensors: non-expert role -> where it is stored.
+    """
+
+    name: str
+    content_sha256: str
+    expert_map: tuple[tuple[int, ...], ...]
+    tensors: Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The index of a pack.
+
+    Attributes:
+        family: key into FAMILIES.
+        config: the architecture all variants share.
+        expert_dtype: safetensors dtype name of the stored experts.
+        num_slots: slots of each layer's pool.
+        variants: in the order they were given.
+        files: every file of the pack but the manifest.
+        recipe: what the compiler was asked to do, resolved.
+        provenance: what compiled it.
+    """
+
+    family: str
+    config: ModelConfig
+    expert_dtype: str
+    num_slots: tuple[int, ...]
+    variants: tuple[Variant, ...]
+    files: Mapping[str, PackedFile]
+    recipe: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    @property
+    def family_spec(self) -> Family:
+        """The family's names and rules."""
+        return FAMILIES[self.family]
+
+    @property
+    def variant_names(self) -> tuple[str, ...]:
+        """Names in pack order."""
+        return tuple(variant.name for variant in self.variants)
+
+    def members(self, layer: int) -> list[list[tuple[str, int]]]:
+        """Which (variant, logical expert) pairs each slot of a layer serves."""
+        slots: list[list[tuple[str, int]]] = [[] for _ in range(self.num_slots[layer])]
+        for variant in self.variants:
+            for expert, slot in enumerate(variant.expert_map[layer]):
+                slots[slot].append((variant.name, expert))
+        return slots
+
+    def shared_roles(self) -> frozenset[str]:
+        """Non-expert roles for which all variants refer to one and the same tensor."""
+        first, *others = self.variants
+        return frozenset(
+            role
+            for role, ref in first.tensors.items()
+            if all(other.tensors[role] == ref for other in others)
+        )
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON document."""
+        return canonical_json(
+            {
+                "format": FORMAT_NAME,
+                "format_version": "{}.{}".format(*FORMAT_VERSION),
+                "family": self.family,
+                "config": self.config.to_json(),
+                "expert_dtype": self.expert_dtype,
+                "layers": [
+                    {"file": layer_file(layer), "num_slots": num_slots}
+                    for layer, num_slots in enumerate(self.num_slots)
+                ],
+                "variants": [
+                    {
+                        "name": variant.name,
+                        "content_sha256": variant.content_sha256,
+                        "expert_map": [list(slots) for slots in variant.expert_map],
+                        "tensors": {
+                            role: {"file": ref.file, "tensor": ref.tensor}
+                            for role, ref in variant.tensors.items()
+                        },
+                    }
+                    for variant in self.variants
+                ],
+                "files": {
+                    path: {"bytes": file.num_bytes, "sha256": file.sha256}
+                    for path, file in self.files.items()
+                },
+                "recipe": dict(self.recipe),
+                "provenance": dict(self.provenance),
+            }
+        )
+
+    @classmethod
+    def load(cls, root: Path) -> Manifest:
+        """Read and check `root`/manifest.json.
+
+        Raises:
+            IntegrityError: the document is missing, malformed, of another major version, or
+                contradicts itself.
+        """
+        path = root / MANIFEST_NAME
+        if path.is_symlink():
+            raise IntegrityError(f"{path}: a symbolic link; a pack holds regular files only")
+        if not path.exists():
+            raise IntegrityError(f"{root}: no {MANIFEST_NAME}: not a pack, or one never finished")
+        return _parse(read_json(path, IntegrityError))
+
+
+def _parse(source: Fields) -> Manifest:
+    if (name := source.text("format")) != FORMAT_NAME:
+        source.fail(f"format is {ascii(name[:40])}, not '{FORMAT_NAME}'")
+    _check_version(source)
+    family = source.text("family")
+    if family not in FAMILIES:
+        source.fail(f"unknown family {ascii(family[:40])}; known: {', '.join(sorted(FAMILIES))}")
+    config = ModelConfig.from_json(source.child("config"))
+    files = _parse_files(source.child("files"))
+    layers = source.children("layers")
+    if len(layers) != config.num_layers:
+        source.fail(f"{len(layers)} layers listed, config has {config.num_layers}")
+    num_slots = []
+    for idx, layer in enumerate(layers):
+        if layer.text("file") != layer_file(idx) or layer_file(idx) not in files:
+            layer.fail(f"field 'file' must be '{layer_file(idx)}' and listed in 'files'")
+        num_slots.append(layer.integer("num_slots", 1, MAX_VARIANTS * config.num_experts))
+        layer.done()
+    entries = source.children("variants")
+    if not 1 <= len(entries) <= MAX_VARIANTS:
+        source.fail(f"{len(entries)} variants, outside 1..{MAX_VARIANTS}")
+    variants = tuple(_parse_variant(entry, config, num_slots, files) for entry in entries)
+    _check_variants(source, variants, num_slots)
+    manifest = Manifest(
+        family=family,
+        config=config,
+        expert_dtype=source.text("expert_dtype"),
+        num_slots=tuple(num_slots),
+        variants=variants,
+        files=files,
+        recipe=_plain(source.child("recipe")),
+        provenance=_plain(source.child("provenance")),
+    )
+    if manifest.expert_dtype not in ("BF16", "F16", "F32"):
+        source.fail(f"expert_dtype {ascii(manifest.expert_dtype[:20])} is not BF16, F16 or F32")
+    source.done()
+    return manifest
+
+
+def _check_version(source: Fields) -> None:
+    version = source.text("format_version")
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", version)
+    if not match:
+        source.fail(f"format_version {ascii(version[:20])} is not MAJOR.MINOR")
+    major, minor = int(match[1]), int(match[2])
+    if major != FORMAT_VERSION[0] or minor > FORMAT_VERSION[1]:
+        source.fail(
+            f"format_version {version}, this moec reads {FORMAT_VERSION[0]}.0 to "
+            f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}; use the moec that wrote it or recompile"
+        )
+
+
+def _parse_files(source: Fields) -> dict[str, PackedFile]:
+    files = {}
+    for path in source.keys():
+        parts = path.split("/")
+        if not 1 <= len(parts) <= 3 or not all(_NAME.fullmatch(part) for part in parts):
+            source.fail(f"path {ascii(path[:60])} is not allowed in a pack")
+        entry = source.child(path)
+        sha256 = entry.text("sha256")
+        if not _SHA256.fullmatch(sha256):
+            entry.fail(f"sha256 {ascii(sha256[:20])} is not 64 lower-case hexadecimal digits")
+        files[path] = PackedFile(entry.integer("bytes", 0, 2**60), sha256)
+        entry.done()
+    if len({path.casefold() for path in files}) != len(files):
+        source.fail("two paths differ only in case")
+    return files
+
+
+def _parse_variant(
+    source: Fields, config: ModelConfig, num_slots: list[int], files: Mapping[str, PackedFile]
+) -> Variant:
+    name = source.text("name")
+    if not valid_variant_name(name):
+        source.fail(f"name {ascii(name[:70])} is not a variant name")
+    content_sha256 = source.text("content_sha256")
+    if not _SHA256.fullmatch(content_sha256):
+        source.fail("content_sha256 is not 64 lower-case hexadecimal digits")
+    rows = source.sequence("expert_map")
+    if len(rows) != config.num_layers:
+        source.fail(f"expert_map has {len(rows)} layers, config has {config.num_layers}")
+    expert_map = []
+    for layer, row in enumerate(rows):
+        one = Fields({"slots": row}, f"{source.where}: expert_map[{layer}]", IntegrityError)
+        slots = one.integers("slots", 0, num_slots[layer] - 1)
+        if len(slots) != config.num_experts:
+            one.fail(f"{len(slots)} experts, config has {config.num_experts}")
+        expert_map.append(slots)
+    table = source.child("tensors")
+    roles = config.non_expert_shapes()
+    if set(table.keys()) != set(roles):
+        odd = sorted(set(table.keys()) ^ set(roles))[0]
+        table.fail(f"role {ascii(odd[:60])} is missing or unknown")
+    tensors = {}
+    for role in roles:
+        ref = table.child(role)
+        tensors[role] = TensorRef(ref.text("file"), ref.text("tensor"))
+        ref.done()
+        if tensors[role].file not in (variant_file(name), COMMON_FILE):
+            ref.fail(f"file {ascii(tensors[role].file[:60])} does not belong to this variant")
+        if tensors[role].file not in files:
+            ref.fail(f"file '{tensors[role].file}' is not listed in 'files'")
+    source.done()
+    return Variant(name, content_sha256, tuple(expert_map), tensors)
+
+
+def _check_variants(source: Fields, variants: Iterable[Variant], num_slots: list[int]) -> None:
+    names = [variant.name.casefold() for variant in variants]
+    if len(set(names)) != len(names):
+        source.fail("two variants have the same name (case is ignored)")
+    for layer, count in enumerate(num_slots):
+        used = {slot for variant in variants for slot in variant.expert_map[layer]}
+        if len(used) != count:
+            slot = min(set(range(count)) - used)
+            source.fail(f"slot {slot} of layer {layer} is used by no variant")
+
+
+def _plain(source: Fields) -> dict[str, Any]:
+    return {key: source.raw(key) for key in source.keys()}

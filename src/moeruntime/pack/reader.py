@@ -1,0 +1,179 @@
+"""Reading a pack: its manifest held against the headers of its files, then tensors by role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from moeruntime.errors import InputError, IntegrityError, RequestError
+from moeruntime.pack.manifest import (
+    COMMON_FILE,
+    Manifest,
+    Variant,
+    layer_file,
+    variant_file,
+    variant_folder,
+)
+from moeruntime.tensorfile import DTYPES, TensorFile, dtype_name
+
+__all__ = ["Pack"]
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Pack:
+    """A pack open for reading; close it or use it as a context manager.
+
+    Opening checks the manifest against itself and every tensor file's header against the manifest,
+    which touches a few kilobytes a file. `verify_pack` reads everything.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        """Open the pack at `root`.
+
+        Raises:
+            InputError: there is no folder at `root`.
+            IntegrityError: the manifest or a header is not what it must be.
+        """
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"{self.root}: no such pack folder")
+        self.manifest = Manifest.load(self.root)
+        self._files: dict[str, TensorFile] = {}
+        try:
+            for path in self.manifest.files:
+                self._check_file(path)
+            self._check_layers()
+            self._check_non_expert()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in self._files.values():
+            file.close()
+
+    def variant(self, name: str) -> Variant:
+        """Look up a variant.
+
+        Raises:
+            RequestError: unknown; the message lists the known ones.
+        """
+        for variant in self.manifest.variants:
+            if variant.name == name:
+                return variant
+        known = ", ".join(self.manifest.variant_names)
+        raise RequestError(f"{self.root}: no variant {ascii(name[:80])}; it has: {known}")
+
+    def path(self, file: str) -> Path:
+        """Absolute path of one of the pack's files."""
+        return self.root / file
+
+    def variant_path(self, name: str, file: str) -> Path | None:
+        """A file of a variant's folder (tokenizer.json, config.json, ...), None if not packed."""
+        inside = f"{variant_folder(name)}/{file}"
+        return self.path(inside) if inside in self.manifest.files else None
+
+    def layer(self, layer: int) -> TensorFile:
+        """One layer's experts: `gate_up` [slots, 2I, H] (gate rows first), `down` [slots, H, I]."""
+        return self._files[layer_file(layer)]
+
+    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
+        """Read one slot of `gate_up` or `down` into memory of the stored dtype."""
+        self.layer(layer).read_rows(part, slot, slot + 1, out=out[None])
+
+    def read_non_expert(self, variant: str, role: str) -> Tensor:
+        """Read one non-expert tensor of a variant, in its stored dtype."""
+        ref = self.variant(variant).tensors[role]
+        return self._files[ref.file].read(ref.tensor)
+
+    def non_expert_dtype(self, variant: str, role: str) -> torch.dtype:
+        """The stored dtype of a non-expert tensor."""
+        ref = self.variant(variant).tensors[role]
+        return self._files[ref.file].entries[ref.tensor].dtype
+
+    def bytes_by_part(self) -> Mapping[str, int]:
+        """Tensor bytes of the experts, of what variants have in common, and of each variant."""
+        sums = {path: _tensor_bytes(file) for path, file in self._files.items()}
+        parts = {"experts": sum(v for path, v in sums.items() if path.startswith("experts/"))}
+        parts["common"] = sums.get(COMMON_FILE, 0)
+        for name in self.manifest.variant_names:
+            parts[name] = sums.get(variant_file(name), 0)
+        return parts
+
+    def _check_file(self, path: str) -> None:
+        full, expected = self.root / path, self.manifest.files[path]
+        place = self.root
+        for part in path.split("/"):
+            place = place / part
+            if place.is_symlink():
+                raise IntegrityError(f"{place}: a symbolic link; a pack holds regular files only")
+        if not full.is_file():
+            raise IntegrityError(f"{full}: listed in the manifest, but there is no such file")
+        if (num_bytes := full.stat().st_size) != expected.num_bytes:
+            raise IntegrityError(
+                f"{full}: {num_bytes} bytes, the manifest says {expected.num_bytes}"
+            )
+        if path.endswith(".safetensors"):
+            self._files[path] = TensorFile(full, IntegrityError)
+
+    def _check_layers(self) -> None:
+        config, dtype = self.manifest.config, DTYPES[self.manifest.expert_dtype]
+        hidden, inner = config.hidden_size, config.intermediate_size
+        for layer, num_slots in enumerate(self.manifest.num_slots):
+            expected = {
+                "gate_up": (num_slots, 2 * inner, hidden),
+                "down": (num_slots, hidden, inner),
+            }
+            self._check_tensors(
+                self.layer(layer), {name: (dtype, shape) for name, shape in expected.items()}
+            )
+
+    def _check_non_expert(self) -> None:
+        shapes = self.manifest.config.non_expert_shapes()
+        expected: dict[str, dict[str, tuple[torch.dtype | None, tuple[int, ...]]]] = {}
+        for variant in self.manifest.variants:
+            for role, ref in variant.tensors.items():
+                tensors = expected.setdefault(ref.file, {})
+                if tensors.setdefault(ref.tensor, (None, shapes[role]))[1] != shapes[role]:
+                    raise IntegrityError(
+                        f"{self.root}: {ref.file}: {ref.tensor}: used for roles of unequal shape"
+                    )
+        for path, file in self._files.items():
+            if path.startswith("variants/"):
+                self._check_tensors(file, expected.get(path, {}))
+
+    def _check_tensors(
+        self,
+        file: TensorFile,
+        expected: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]],
+    ) -> None:
+        """Exactly these tensors, of these shapes and dtypes (None: any float)."""
+        if odd := sorted(set(expected) ^ set(file.entries)):
+            raise IntegrityError(f"{file.path}: tensor {ascii(odd[0][:60])} is missing or unknown")
+        for name, (dtype, shape) in expected.items():
+            entry = file.entries[name]
+            if entry.shape != shape:
+                raise IntegrityError(
+                    f"{file.path}: {name}: shape {list(entry.shape)}, the manifest implies "
+                    f"{list(shape)}"
+                )
+            if entry.dtype not in FLOAT_DTYPES or (dtype and entry.dtype != dtype):
+                raise IntegrityError(
+                    f"{file.path}: {name}: dtype {dtype_name(entry.dtype)} is not allowed here"
+                )
+
+
+def _tensor_bytes(file: TensorFile) -> int:
+    return sum(entry.num_bytes for entry in file.entries.values())

@@ -1,0 +1,65 @@
+"""Believing a pack: every byte against its digest, and no file the manifest does not know."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from moeruntime.errors import IntegrityError
+from moeruntime.pack.manifest import MANIFEST_NAME, Manifest
+from moeruntime.pack.reader import Pack
+
+__all__ = ["verify_pack"]
+
+CHUNK_BYTES = 8 * 1024 * 1024
+
+
+def verify_pack(root: Path | str, *, on_file: Callable[[str, int], None] | None = None) -> Manifest:
+    """Check schema, references, sizes and headers, then that no file is extra, then every digest.
+
+    Args:
+        root: the pack's folder.
+        on_file: called with (path, bytes) after each file that held.
+
+    Returns:
+        The manifest, now known to be true of the files.
+
+    Raises:
+        IntegrityError: the first lie found.
+    """
+    with Pack(root) as pack:
+        _check_no_extra(pack.root, pack.manifest)
+        for path, expected in sorted(pack.manifest.files.items()):
+            digest = _sha256(pack.path(path))
+            if digest != expected.sha256:
+                raise IntegrityError(
+                    f"{pack.path(path)}: sha256 {digest[:16]}..., "
+                    f"the manifest says {expected.sha256[:16]}..."
+                )
+            if on_file:
+                on_file(path, expected.num_bytes)
+        return pack.manifest
+
+
+def _check_no_extra(root: Path, manifest: Manifest) -> None:
+    known = {*manifest.files, MANIFEST_NAME}
+    folders = {str(parent) for path in known for parent in Path(path).parents}
+    for folder, subfolders, files in os.walk(root):
+        for name in sorted(subfolders):
+            relative = (Path(folder) / name).relative_to(root).as_posix()
+            if relative not in folders:
+                raise IntegrityError(f"{root / relative}: a folder the manifest does not know")
+        for name in sorted(files):
+            relative = (Path(folder) / name).relative_to(root).as_posix()
+            if relative not in known:
+                raise IntegrityError(f"{root / relative}: a file the manifest does not know")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""What a caller asks for and gets back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moeruntime.errors import RequestError
+
+__all__ = ["Delta", "FinishReason", "Message", "Output", "Request", "SamplingParams"]
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = dict[str, str]
+"""One turn of a chat: {"role": "user", "content": "..."}."""
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen, and when to stop.
+
+    Attributes:
+        max_tokens: at most this many new tokens; the model's context may end sooner.
+        temperature: 0 takes the likeliest token; above, probabilities are softmax(logits / t).
+        top_p: sample from the likeliest tokens that together reach this probability.
+        top_k: sample from this many likeliest tokens; 0 means all.
+        seed: makes sampling repeatable, whatever else is in the batch; None draws a fresh one.
+        stop: generation ends before the first of these strings, which is not part of the text.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every range.
+
+        Raises:
+            RequestError: names the parameter, its value and its range.
+        """
+        _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check("temperature", self.temperature, 0.0, 100.0)
+        _check("top_p", self.top_p, 0.0, 1.0)
+        _check("top_k", self.top_k, 0, 2**31 - 1)
+        if self.top_p == 0.0:
+            raise RequestError("top_p is 0, which leaves no token; use temperature 0 for greedy")
+        if len(self.stop) > MAX_STOP_STRINGS or "" in self.stop:
+            raise RequestError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt for one variant.
+
+    Attributes:
+        variant: a variant's name in the pack.
+        prompt: text; or token ids, used as they are; or chat messages.
+        sampling: how to choose tokens.
+        chat: wrap a text prompt as a user message in the variant's chat template.
+    """
+
+    variant: str
+    prompt: str | Sequence[int] | Sequence[Message]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    chat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A finished request.
+
+    Attributes:
+        variant: who answered.
+        text: the new text, without special tokens and without the stop string.
+        token_ids: the new tokens, including an end-of-sequence token if there was one.
+        num_prompt_tokens: length of the prompt as the model saw it.
+        finish_reason: "stop" (end of sequence or stop string), "length" or "abort".
+    """
+
+    variant: str
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one request; `output` is there once it has finished."""
+
+    request_id: int
+    text: str
+    token_ids: tuple[int, ...]
+    output: Output | None = None
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise RequestError(f"{name} is {value!r}, not a number")
+    if not low <= value <= high:
+        raise RequestError(f"{name} is {value}, outside {low}..{high}")

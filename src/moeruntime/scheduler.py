@@ -1,0 +1,131 @@
+"""Which sequences run in the next step. Pure Python: no tensors, no clock.
+
+A sequence is admitted when a place in the batch, its variant and its cache blocks are there. It
+takes the blocks of its longest possible life at once, so nothing that runs is ever preempted.
+Admission is in order of arrival, except that a sequence whose variant finds no resident slot
+lets later ones pass, up to `MAX_TIMES_PASSED` of them: then nothing new is admitted until a slot
+drains, so no variant starves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from moeruntime.kv_cache import BlockPool
+from moeruntime.sequence import Sequence
+
+__all__ = ["Chunk", "Scheduler", "VariantSlots"]
+
+MAX_TIMES_PASSED = 32
+
+
+class VariantSlots(Protocol):
+    """What the scheduler needs to know of residency."""
+
+    def admit(self, variant: str) -> bool:
+        """Hold the variant for one sequence, activating it if a slot can be had."""
+        ...
+
+    def release(self, variant: str) -> None:
+        """End one sequence's hold."""
+        ...
+
+    def ready(self, variant: str) -> bool:
+        """Whether an admitted variant's weights have arrived."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`num_tokens` pending tokens of one sequence, to run in this step."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+class Scheduler:
+    """Continuous batching over sequences of many variants."""
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        variants: VariantSlots,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            blocks: the cache's free list.
+            variants: residency.
+            max_sequences: most sequences in a step.
+            max_step_tokens: most tokens in a step; long prompts are cut into chunks.
+        """
+        assert 1 <= max_sequences <= max_step_tokens
+        self._blocks = blocks
+        self._variants = variants
+        self._max_sequences = max_sequences
+        self._max_step_tokens = max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self.waiting and not self.running
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it must fit the cache when nothing else runs."""
+        assert sequence.num_blocks_needed <= self._blocks.num_blocks
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or aborted, and take back all it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._variants.release(sequence.variant)
+            self._blocks.free(sequence.block_table)
+            sequence.block_table = []
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """Admit what fits and choose the next step's tokens: decodes first, then prompts.
+
+        Sequences of a variant that is still being copied sit out while others can run.
+        """
+        self._admit()
+        ready = [seq for seq in self.running if self._variants.ready(seq.variant)]
+        runnable = ready or self.running
+        budget = self._max_step_tokens
+        chunks = []
+        for seq in sorted(runnable, key=lambda seq: seq.num_pending > 1):
+            count = min(seq.num_pending, budget)
+            if count == 0:
+                break
+            chunks.append(Chunk(seq, count))
+            budget -= count
+        return chunks
+
+    def _admit(self) -> None:
+        passed: list[Sequence] = []
+        for seq in list(self.waiting):
+            if len(self.running) == self._max_sequences:
+                return
+            if self._blocks.num_free < seq.num_blocks_needed:
+                return
+            if not self._variants.admit(seq.variant):
+                if seq.times_passed >= MAX_TIMES_PASSED:
+                    return
+                passed.append(seq)
+                continue
+            blocks = self._blocks.allocate(seq.num_blocks_needed)
+            assert blocks is not None
+            seq.block_table = blocks
+            self.waiting.remove(seq)
+            self.running.append(seq)
+            for earlier in passed:
+                earlier.times_passed += 1

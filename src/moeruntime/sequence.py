@@ -1,0 +1,70 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+from moeruntime.kv_cache import blocks_for
+from moeruntime.request import FinishReason, SamplingParams
+
+__all__ = ["Sequence"]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens so far, how many of them the cache holds, and what the sequence owns.
+
+    Attributes:
+        request_id: the caller's handle.
+        variant: whose weights it needs.
+        prompt_ids: the prompt's tokens.
+        sampling: how to go on; its max_tokens already fits the context.
+        output_ids: tokens chosen so far.
+        num_cached: tokens whose keys and values are in the cache.
+        block_table: its cache blocks; empty while it waits.
+        times_passed: requests that were admitted before this one although they came later.
+        finish_reason: None while it is alive.
+    """
+
+    request_id: int
+    variant: str
+    prompt_ids: Items[int]
+    sampling: SamplingParams
+    output_ids: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    block_table: list[int] = field(default_factory=list)
+    times_passed: int = 0
+    finish_reason: FinishReason | None = None
+    _random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Seed the sequence's own random numbers."""
+        self._random = random.Random(self.sampling.seed)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens to run before the next one can be chosen: the rest of the prompt, or one."""
+        return len(self.prompt_ids) + len(self.output_ids) - self.num_cached
+
+    @property
+    def num_blocks_needed(self) -> int:
+        """Blocks for the prompt and every token it may generate.
+
+        The last token chosen is never run, so it needs no row.
+        """
+        return blocks_for(len(self.prompt_ids) + self.sampling.max_tokens - 1)
+
+    def pending_ids(self, count: int) -> list[int]:
+        """The next `count` tokens to run."""
+        start = self.num_cached
+        prompt = list(self.prompt_ids[start : start + count])
+        if len(prompt) == count:
+            return prompt
+        offset = start + len(prompt) - len(self.prompt_ids)
+        return prompt + self.output_ids[offset : offset + count - len(prompt)]
+
+    def uniform(self) -> float:
+        """The next of the sequence's random numbers, in [0, 1)."""
+        return self._random.random()

@@ -1,0 +1,235 @@
+"""Text in, text out: tokenizers, chat templates, and turning tokens into text as they come."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from moeruntime.errors import RequestError, TokenizerError
+from moeruntime.pack import WeightSource
+from moeruntime.request import Message
+from moeruntime.strict_json import read_json
+
+__all__ = ["ChatTemplates", "TextStream", "VariantText"]
+
+RENDER_TIMEOUT_S = 5.0
+MAX_PROMPT_CHARACTERS = 4 * 1024 * 1024
+_WORKER = Path(__file__).with_name("template_worker.py")
+
+
+class VariantText:
+    """One variant's tokenizer, chat template and end-of-sequence tokens."""
+
+    def __init__(self, source: WeightSource, variant: str) -> None:
+        """Load what the pack holds for a variant.
+
+        Raises:
+            TokenizerError: the tokenizer is missing or malformed.
+        """
+        path = source.variant_path(variant, "tokenizer.json")
+        if path is None:
+            raise TokenizerError(f"{source.root}: variant '{variant}' has no tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as problem:  # The library raises bare Exception.
+            raise TokenizerError(f"{path}: not a tokenizer: {problem}") from None
+        self.variant = variant
+        self.vocab_size = source.manifest.config.vocab_size
+        self._values, self.chat_template = _template(source, variant)
+        self.eos_ids = _eos_ids(source, variant)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with whatever the tokenizer puts around it (usually <s>)."""
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[Message], templates: ChatTemplates) -> list[int]:
+        """Token ids of a chat, rendered by the variant's template up to the assistant's turn.
+
+        Raises:
+            TokenizerError: the variant has no template, or the template fails or is stopped.
+        """
+        if self.chat_template is None:
+            raise TokenizerError(
+                f"variant '{self.variant}' has no chat template; send a plain prompt"
+            )
+        values = {**self._values, "messages": list(messages), "add_generation_prompt": True}
+        try:
+            rendered = templates.render(self.chat_template, values)
+        except TokenizerError as problem:
+            raise TokenizerError(f"variant '{self.variant}': {problem}") from None
+        return self._encode(rendered, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise RequestError(
+                f"prompt of {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}"
+            )
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+
+class TextStream:
+    """Tokens to text, piece by piece, never showing half a character or half a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        """Start with no tokens."""
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._start = 0
+        self._decoded = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is now certain."""
+        self._ids.append(token_id)
+        return self._emit(self._decode(), final=False)
+
+    def finish(self) -> str:
+        """No more tokens: returns what was held back."""
+        return self._emit(self._decode(final=True), final=True)
+
+    def _decode(self, *, final: bool = False) -> str:
+        """The text of the tokens since the last certain one.
+
+        A token's text can depend on its neighbours (a leading space, half a character), so a few
+        tokens before it are always decoded with it and their text is cut off again.
+        """
+        before = self._tokenizer.decode(self._ids[self._start : self._decoded])
+        after = self._tokenizer.decode(self._ids[self._start :])
+        if not final and (after.endswith("\N{REPLACEMENT CHARACTER}") or len(after) <= len(before)):
+            return ""
+        self._start, self._decoded = self._decoded, len(self._ids)
+        return after[len(before) :]
+
+    def _emit(self, new: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += new
+        hits = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if hits:
+            self.stopped = True
+            certain, self._held = self._held[: min(hits)], ""
+        else:
+            keep = 0 if final else self._possible_stop()
+            cut = len(self._held) - keep
+            certain, self._held = self._held[:cut], self._held[cut:]
+        self.text += certain
+        return certain
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that may begin a stop string."""
+        lengths = (
+            length
+            for stop in self._stop
+            for length in range(min(len(stop) - 1, len(self._held)), 0, -1)
+            if self._held.endswith(stop[:length])
+        )
+        return max(lengths, default=0)
+
+
+class ChatTemplates:
+    """Renders templates in one bounded worker process, started when first needed."""
+
+    def __init__(self) -> None:
+        """Nothing runs yet."""
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def render(self, template: str, values: dict[str, object]) -> str:
+        """Render one template.
+
+        Raises:
+            TokenizerError: it fails, or takes more than 5 seconds or 512 MiB.
+        """
+        worker = self._start()
+        assert worker.stdin and worker.stdout
+        request = json.dumps({"template": template, "values": values}).encode() + b"\n"
+        try:
+            worker.stdin.write(request)
+            worker.stdin.flush()
+            answered = bool(select.select([worker.stdout], [], [], RENDER_TIMEOUT_S)[0])
+            line = worker.stdout.readline() if answered else b""
+        except BrokenPipeError:
+            answered, line = True, b""
+        if not line:
+            self.close()
+            why = "used too much memory" if answered else f"took over {RENDER_TIMEOUT_S:g} s"
+            raise TokenizerError(f"chat template stopped: {why}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise TokenizerError(f"chat template failed: {answer['error']}")
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """End the worker, if there is one."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._worker is None:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-I", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        return self._worker
+
+
+def _template(source: WeightSource, variant: str) -> tuple[dict[str, object], str | None]:
+    """The special tokens a template may name, and the template itself if there is one."""
+    values: dict[str, object] = {}
+    template: str | None = None
+    config_path = source.variant_path(variant, "tokenizer_config.json")
+    if config_path is not None:
+        config = read_json(config_path, TokenizerError)
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = config.raw(key, None)
+            values[key] = token.get("content") if isinstance(token, dict) else token or ""
+        if config.has("chat_template"):
+            raw = config.raw("chat_template")
+            if isinstance(raw, list):
+                raw = next(
+                    (
+                        t.get("template")
+                        for t in raw
+                        if isinstance(t, dict) and t.get("name") == "default"
+                    ),
+                    None,
+                )
+            if not isinstance(raw, str):
+                config.fail("field 'chat_template' is neither a string nor has a 'default'")
+            template = raw
+    file = source.variant_path(variant, "chat_template.jinja")
+    if file is not None:
+        try:
+            template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise TokenizerError(f"{file}: not UTF-8") from None
+    return values, template
+
+
+def _eos_ids(source: WeightSource, variant: str) -> frozenset[int]:
+    """End-of-sequence tokens, from the generation config or else the model's config."""
+    for name in ("generation_config.json", "config.json"):
+        path = source.variant_path(variant, name)
+        if path is None:
+            continue
+        config = read_json(path, TokenizerError)
+        if not config.has("eos_token_id"):
+            continue
+        high = source.manifest.config.vocab_size - 1
+        if isinstance(config.raw("eos_token_id"), list):
+            return frozenset(config.integers("eos_token_id", 0, high))
+        return frozenset({config.integer("eos_token_id", 0, high)})
+    return frozenset()
