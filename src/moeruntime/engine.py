@@ -17,7 +17,7 @@ from typing import Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from moeruntime.errors import ResourceError, UsageError
+from moeruntime.errors import RequestError, ResourceError, UsageError
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
 from moeruntime.loading import load_experts, resolve_device, resolve_dtype
@@ -31,7 +31,7 @@ from moeruntime.residency import Residency
 from moeruntime.sampler import sample
 from moeruntime.scheduler import Chunk, Scheduler
 from moeruntime.sequence import Sequence as TokenSequence
-from moeruntime.text import TextStream
+from moeruntime.text import TextStream, VariantText
 
 __all__ = ["Engine", "EngineOptions"]
 
@@ -105,6 +105,8 @@ class Engine:
             raise UsageError(
                 f"max_sequences {max_sequences} must lie in 1..max_step_tokens {max_step_tokens}"
             )
+        if cache_bytes is not None and cache_bytes < 1:
+            raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
         self.source = source
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
@@ -268,6 +270,10 @@ class Engine:
         """The token ids a request's prompt becomes."""
         return self._prompts.encode(request)
 
+    def text(self, variant: str) -> VariantText:
+        """A variant's tokenizer, chat template and end-of-sequence tokens."""
+        return self._prompts.text(variant)
+
     @torch.inference_mode()
     def score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probability (natural) of each token given those before it in its window.
@@ -280,11 +286,13 @@ class Engine:
             One float32 CPU tensor a window, one shorter than the window.
 
         Raises:
-            RequestError: unknown variant, or a window that does not fit.
+            RequestError: unknown variant, or a window that is empty or does not fit.
             ResourceError: running requests hold every resident slot or the whole cache.
         """
         self.source.variant(variant)
         for window in windows:
+            if not window:
+                raise RequestError("a window is empty: it has no token to score")
             self._prompts.check_ids(window)
             self._prompts.check_room(len(window))
         if not self.residency.admit(variant):

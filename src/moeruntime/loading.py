@@ -47,12 +47,17 @@ def load_experts(
     config, num_slots = source.manifest.config, source.manifest.num_slots[layer]
     hidden, inner = config.hidden_size, config.intermediate_size
     stored = DTYPES[source.manifest.expert_dtype]
-    pools = []
-    for part, shape in (("gate_up", (2 * inner, hidden)), ("down", (hidden, inner))):
-        pool = torch.empty((num_slots, *shape), dtype=dtype, device=device)
-        staging = torch.empty(shape, dtype=stored, pin_memory=device.type == "cuda")
-        for slot in range(num_slots):
-            source.read_slot(layer, part, slot, out=staging)
-            pool[slot].copy_(staging)
-        pools.append(pool)
-    return ExpertLayer(*pools)
+    shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    pinned = device.type == "cuda"
+    staging = {
+        part: torch.empty(shape, dtype=stored, pin_memory=pinned) for part, shape in shapes.items()
+    }
+    pools = {
+        part: torch.empty((num_slots, *shape), dtype=dtype, device=device)
+        for part, shape in shapes.items()
+    }
+    for slot in range(num_slots):
+        for part, buffer in staging.items():
+            source.read_slot(layer, part, slot, out=buffer)
+            pools[part][slot].copy_(buffer)
+    return ExpertLayer(pools["gate_up"], pools["down"])

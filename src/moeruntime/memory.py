@@ -10,6 +10,7 @@ import torch
 
 from moeruntime.errors import ResourceError
 from moeruntime.kv_cache import KVCache, blocks_for
+from moeruntime.models import parameter_roles
 from moeruntime.pack import WeightSource
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
@@ -82,12 +83,15 @@ def plan_memory(
     manifest = source.manifest
     config = manifest.config
     shared = manifest.shared_roles()
-    sizes = {
-        role: math.prod(shape) * dtype.itemsize
-        for role, shape in config.non_expert_shapes().items()
-    }
-    shared_bytes = sum(size for role, size in sizes.items() if role in shared)
-    private_bytes = sum(size for role, size in sizes.items() if role not in shared)
+    shapes = config.non_expert_shapes()
+    shared_bytes = private_bytes = 0
+    # By parameter, as residency allocates: one of several roles is shared when all of them are.
+    for roles in parameter_roles(config).values():
+        num_bytes = sum(math.prod(shapes[role]) for role in roles) * dtype.itemsize
+        if shared.issuperset(roles):
+            shared_bytes += num_bytes
+        else:
+            private_bytes += num_bytes
     num_variants = len(manifest.variants)
     experts_bytes = sum(manifest.num_slots) * config.expert_numel * dtype.itemsize
     weights_bytes = experts_bytes + shared_bytes + num_slots * private_bytes
@@ -102,25 +106,30 @@ def plan_memory(
         cache_bytes = min(wanted, int(left * CACHE_SHARE[kind]))
     if left < max(cache_bytes, block_bytes):
         needed = available - left + max(cache_bytes, block_bytes)
-        hint = _hint(num_slots, private_bytes, needed - available, dtype)
+        # On a CPU, evicting the first variant would cost a host copy of each and free one.
+        most_fewer = 0 if kind == "cpu" and not host_bytes else num_slots - 1
+        hint = _hint(num_slots, most_fewer, private_bytes, needed - available, dtype)
         raise ResourceError(
             f"{source.root}: needs {needed / 1e9:.1f} GB on {device}, {available / 1e9:.1f} GB are "
             f"free (experts {experts_bytes / 1e9:.1f}, {num_slots} resident variants "
             f"{(shared_bytes + num_slots * private_bytes) / 1e9:.1f}); {hint}"
         )
+    num_blocks = max(1, cache_bytes // block_bytes)
     return MemoryPlan(
         experts_bytes=experts_bytes,
         shared_bytes=shared_bytes,
         resident_bytes=num_slots * private_bytes,
-        cache_bytes=cache_bytes // block_bytes * block_bytes,
+        cache_bytes=num_blocks * block_bytes,
         host_bytes=host_bytes,
-        num_blocks=max(1, cache_bytes // block_bytes),
+        num_blocks=num_blocks,
     )
 
 
-def _hint(num_slots: int, private_bytes: int, missing_bytes: int, dtype: torch.dtype) -> str:
-    fewer = math.ceil(missing_bytes / private_bytes) if private_bytes else num_slots
-    if 0 < fewer < num_slots:
+def _hint(
+    num_slots: int, most_fewer: int, private_bytes: int, missing_bytes: int, dtype: torch.dtype
+) -> str:
+    fewer = -(-missing_bytes // private_bytes) if private_bytes else num_slots
+    if fewer <= most_fewer:
         return f"--resident {num_slots - fewer} would fit"
     if dtype.itemsize > 2:
         return "--dtype bfloat16 would halve it"

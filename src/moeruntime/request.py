@@ -44,12 +44,16 @@ class SamplingParams:
         Raises:
             RequestError: names the parameter, its value and its range.
         """
-        _check("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check("temperature", self.temperature, 0.0, 100.0)
         _check("top_p", self.top_p, 0.0, 1.0)
-        _check("top_k", self.top_k, 0, 2**31 - 1)
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, 2**64 - 1)
         if self.top_p == 0.0:
             raise RequestError("top_p is 0, which leaves no token; use temperature 0 for greedy")
+        if isinstance(self.stop, str) or not all(isinstance(one, str) for one in self.stop):
+            raise RequestError(f"stop is {self.stop!r}, not a sequence of strings")
         if len(self.stop) > MAX_STOP_STRINGS or "" in self.stop:
             raise RequestError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty")
 
@@ -105,3 +109,9 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise RequestError(f"{name} is {value!r}, not a number")
     if not low <= value <= high:
         raise RequestError(f"{name} is {value}, outside {low}..{high}")
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} is {value!r}, not an integer")
+    _check(name, value, low, high)

@@ -117,9 +117,10 @@ class Scheduler:
                 return
             if self._blocks.num_free < seq.num_blocks_needed:
                 return
+            # The first of them has been passed most often.
+            if passed and passed[0].times_passed >= MAX_TIMES_PASSED:
+                return
             if not self._variants.admit(seq.variant):
-                if seq.times_passed >= MAX_TIMES_PASSED:
-                    return
                 passed.append(seq)
                 continue
             blocks = self._blocks.allocate(seq.num_blocks_needed)

@@ -42,6 +42,7 @@ class VariantText:
         self.variant = variant
         self.vocab_size = source.manifest.config.vocab_size
         self._values, self.chat_template = _template(source, variant)
+        self._end_id = self.tokenizer.token_to_id(str(self._values.get("eos_token", "")))
         self.eos_ids = _eos_ids(source, variant)
 
     def encode(self, text: str) -> list[int]:
@@ -65,12 +66,23 @@ class VariantText:
             raise TokenizerError(f"variant '{self.variant}': {problem}") from None
         return self._encode(rendered, add_special_tokens=False)
 
+    def encode_document(self, text: str) -> list[int]:
+        """Token ids of a text in a stream of documents: as `encode`, then the end-of-text token."""
+        ids = self.encode(text)
+        if self._end_id is not None and ids[-1:] != [self._end_id]:
+            ids.append(self._end_id)
+        return ids
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise RequestError(
                 f"prompt of {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}"
             )
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # What the library makes of a string that UTF-8 cannot hold.
+            raise RequestError("prompt holds a lone surrogate, which is no character") from None
+        ids: list[int] = encoding.ids
         return ids
 
 

@@ -40,13 +40,20 @@ MAX_VARIANTS = 1024
 MAX_LAYERS = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PATH_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a name and what is added to it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RESERVED_NAMES = {"common"}
 
 
 def valid_variant_name(name: str) -> bool:
     """Whether a name can be a folder on any system: letters, digits, '.', '_', '-', at most 64."""
-    return bool(_NAME.fullmatch(name)) and name.casefold() not in _RESERVED_NAMES
+    folded = name.casefold()
+    # "a.safetensors" would want for its folder the path that "a" has for its file.
+    return (
+        bool(_NAME.fullmatch(name))
+        and folded not in _RESERVED_NAMES
+        and not folded.endswith((".safetensors", "."))
+    )
 
 
 def layer_file(layer: int) -> str:
@@ -254,7 +261,7 @@ def _parse_files(source: Fields) -> dict[str, PackedFile]:
     files = {}
     for path in source.keys():
         parts = path.split("/")
-        if not 1 <= len(parts) <= 3 or not all(_NAME.fullmatch(part) for part in parts):
+        if not 1 <= len(parts) <= 3 or not all(_PATH_PART.fullmatch(part) for part in parts):
             source.fail(f"path {ascii(path[:60])} is not allowed in a pack")
         entry = source.child(path)
         sha256 = entry.text("sha256")

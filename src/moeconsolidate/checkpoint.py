@@ -1,0 +1,281 @@
+"""A checkpoint folder, opened: its config normalised, every tensor found and checked by role.
+
+Opening reads headers only, and raises for anything that could go wrong later: a tensor that is
+missing, misshapen or unknown. Reading then hashes what it reads, so the content digest of the whole
+model is known once everything has been read, and each expert byte leaves the disk once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from moeconsolidate.digest import TensorDigest, content_sha256, expert_role
+from moeconsolidate.folder import TOKENIZER_FILE, check_tokenizer, read_config, read_side_files
+from moeconsolidate.shards import Shards
+from moeruntime.errors import CheckpointError
+from moeruntime.families import EXPERT_ROLES, FAMILIES, Family, ModelConfig
+from moeruntime.strict_json import Fields
+from moeruntime.tensorfile import TensorFile, dtype_name
+
+__all__ = ["Checkpoint"]
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Location:
+    """Where a tensor lies: a whole tensor of a file or, with `row`, one of its rows."""
+
+    file: TensorFile
+    tensor: str
+    row: int | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.entries[self.tensor].dtype
+
+    def __str__(self) -> str:
+        return f"{self.file.path}: tensor {self.tensor}"
+
+    def read(self, out: Tensor) -> None:
+        if self.row is None:
+            self.file.read(self.tensor, out=out)
+        else:
+            self.file.read_rows(self.tensor, self.row, self.row + 1, out=out)
+
+
+class Checkpoint:
+    """One model in Hugging Face layout; close it or use it as a context manager.
+
+    Attributes:
+        name: the variant's name.
+        folder: where it is.
+        family, config: its architecture.
+        expert_dtype: of all its experts.
+        side_files: name -> contents of the files that travel with the variant.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Open the folder.
+
+        Raises:
+            CheckpointError: anything about the folder, its config or its tensors is not as it must
+                be; the message names the file and the field or tensor.
+            TokenizerError: its tokenizer is missing, malformed or too large for the embedding.
+        """
+        self.name, self.folder = name, folder
+        self._digests: dict[str, TensorDigest] = {}
+        with _reading(folder):
+            fields = read_config(folder)
+            self.family = _find_family(fields)
+            self.config: ModelConfig = self.family.parse_config(fields)
+            self.side_files = read_side_files(folder)
+            check_tokenizer(folder, self.side_files[TOKENIZER_FILE], self.config.vocab_size)
+            self._shards = Shards(folder)
+        try:
+            self._unclaimed = set(self._shards.where)
+            self._non_expert = {
+                role: self._claim(self.family.non_expert_name(role), shape)
+                for role, shape in self.config.non_expert_shapes().items()
+            }
+            self._experts = [self._claim_layer(layer) for layer in range(self.config.num_layers)]
+            self.expert_dtype = self._one_expert_dtype()
+            self._drop_tied_head()
+            self._refuse_unclaimed()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file."""
+        self._shards.close()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a tensor file was changed since it was opened."""
+        self._shards.check_unchanged()
+
+    def read_expert(self, layer: int, expert: int, *, out: Tensor) -> str:
+        """Read one expert.
+
+        Safe to call from several threads for different experts.
+
+        Args:
+            layer: its layer.
+            expert: its number in this model.
+            out: [3 * I * H] of `expert_dtype`: gate_proj | up_proj | down_proj, flattened.
+
+        Returns:
+            A key that is equal for experts of equal bits, and for no others.
+        """
+        start = 0
+        for location in self._experts[layer][expert]:
+            # A fused row holds gate_proj and up_proj in one piece, as `out` does.
+            entry = location.file.entries[location.tensor]
+            shape = entry.shape if location.row is None else entry.shape[1:]
+            stop = start + math.prod(shape)
+            with _reading(location):
+                location.read(out[start:stop])
+            start = stop
+        shapes = self.config.expert_shapes
+        pieces = out.split([math.prod(shape) for shape in shapes.values()])
+        digests = [
+            TensorDigest.of(piece.view(shape))
+            for piece, shape in zip(pieces, shapes.values(), strict=True)
+        ]
+        for role, digest in zip(shapes, digests, strict=True):
+            self._digests[expert_role(layer, expert, role)] = digest
+        return " ".join(digest.sha256 for digest in digests)
+
+    def read_non_expert(self, role: str) -> Tensor:
+        """Read one non-expert tensor, in its stored dtype and shape."""
+        location = self._non_expert[role]
+        with _reading(location):
+            tensor = location.file.read(location.tensor)
+        if role not in self._digests:
+            self._digests[role] = TensorDigest.of(tensor)
+        return tensor
+
+    def non_expert_digests(self) -> dict[str, TensorDigest]:
+        """Dtype, shape and digest of every non-expert tensor, by role; reads them one by one."""
+        for role in self._non_expert:
+            if role not in self._digests:
+                self.read_non_expert(role)
+        return {role: self._digests[role] for role in self._non_expert}
+
+    def content_sha256(self) -> str:
+        """Digest of the whole model (see `digest`), once every tensor has been read."""
+        return content_sha256(self.config, self._digests)
+
+    @property
+    def num_bytes(self) -> int:
+        """Tensor bytes of the model."""
+        non_expert = (
+            location.file.entries[location.tensor].num_bytes
+            for location in self._non_expert.values()
+        )
+        num_experts = self.config.num_layers * self.config.num_experts
+        return sum(non_expert) + num_experts * self.expert_num_bytes
+
+    @property
+    def expert_num_bytes(self) -> int:
+        """Bytes of one expert."""
+        return self.config.expert_numel * self.expert_dtype.itemsize
+
+    def _find(self, name: str) -> str | None:
+        """The spelling under which the checkpoint has a tensor."""
+        return next((one for one in self.family.spellings(name) if one in self._shards.where), None)
+
+    def _claim(self, name: str, shape: tuple[int, ...]) -> _Location:
+        """Find a tensor that must be there, and check it against the config."""
+        found = self._find(name)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: no tensor {name}, which config.json asks for")
+        self._unclaimed.discard(found)
+        location = _Location(self._shards.where[found], found)
+        entry = location.file.entries[found]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{location}: shape {list(entry.shape)}, config.json asks for {list(shape)}"
+            )
+        if entry.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{location}: dtype {dtype_name(entry.dtype)}; BF16, F16 and F32 are read"
+            )
+        return location
+
+    def _claim_layer(self, layer: int) -> list[tuple[_Location, ...]]:
+        """Locate each expert of a layer: three tensors, or a row of each of two fused ones."""
+        config, family = self.config, self.family
+        hidden, inner = config.hidden_size, config.intermediate_size
+        fused = {
+            "gate_up_proj": (config.num_experts, 2 * inner, hidden),
+            "down_proj": (config.num_experts, hidden, inner),
+        }
+        if self._find(family.fused_name(layer, "gate_up_proj")):
+            whole = [
+                self._claim(family.fused_name(layer, role), shape) for role, shape in fused.items()
+            ]
+            return [
+                tuple(_Location(one.file, one.tensor, expert) for one in whole)
+                for expert in range(config.num_experts)
+            ]
+        return [
+            tuple(
+                self._claim(family.expert_name(layer, expert, role), config.expert_shapes[role])
+                for role in EXPERT_ROLES
+            )
+            for expert in range(config.num_experts)
+        ]
+
+    def _one_expert_dtype(self) -> torch.dtype:
+        first = self._experts[0][0][0]
+        for layer in self._experts:
+            for location in (location for expert in layer for location in expert):
+                if location.dtype != first.dtype:
+                    raise CheckpointError(
+                        f"{location}: dtype {dtype_name(location.dtype)}, but {first.tensor} is "
+                        f"{dtype_name(first.dtype)}; all experts must have one dtype"
+                    )
+        return first.dtype
+
+    def _drop_tied_head(self) -> None:
+        """Ignore a stored lm_head where config.json ties it to the embedding, if it is a copy.
+
+        One that differs is refused: transformers has used either, depending on its version, so
+        dropping it in silence could change what the model says.
+        """
+        if not self.config.tie_embeddings:
+            return
+        found = self._find(self.family.non_expert_name("lm_head"))
+        if found is None:
+            return
+        shape = self.config.non_expert_shapes()["embed_tokens"]
+        location = self._claim(found, shape)
+        with _reading(location):
+            head = TensorDigest.of(location.file.read(location.tensor))
+        if head != TensorDigest.of(self.read_non_expert("embed_tokens")):
+            raise CheckpointError(
+                f"{location}: differs from the embedding, but config.json says "
+                "tie_word_embeddings; set that to false or remove the tensor"
+            )
+
+    def _refuse_unclaimed(self) -> None:
+        """Refuse tensors that have no role: they would be missing from the pack."""
+        for name in sorted(self._unclaimed):
+            if not name.endswith(self.family.ignored_suffixes):
+                raise CheckpointError(
+                    f"{self._shards.where[name].path}: tensor {ascii(name[:120])} has no place in "
+                    f"a {self.family.model_type} model and would be lost"
+                )
+
+
+def _find_family(config: Fields) -> Family:
+    model_type = config.text("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        config.fail(f"model_type {ascii(model_type[:60])} is not known; known: {known}")
+    if config.has("quantization_config"):
+        config.fail("field 'quantization_config': quantised checkpoints are not read; dequantise")
+    return FAMILIES[model_type]
+
+
+@contextmanager
+def _reading(what: object) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise CheckpointError(f"{what}: cannot be read: {problem.strerror}") from None

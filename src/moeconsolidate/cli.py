@@ -1,0 +1,337 @@
+"""The `moec` command: what it accepts, what it prints, and what it exits with.
+
+Commands import what they need when they are called: `moec --help` loads neither torch nor SciPy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from moeruntime import __version__
+from moeruntime.cli import Artifact, Device, Dtype, Resident, register
+from moeruntime.errors import MoecError, ResourceError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="moec",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
+PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="A pack's folder.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def moec(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    r"""Store and serve fine-tuned mixture-of-experts models together.
+
+    `consolidate` compiles checkpoints of one architecture into a pack, which holds experts that are
+    alike once; `run` generates text from any variant in it; `export` gets a variant out again.
+
+    \b
+    Example:
+      moec consolidate base=mini-base math=mini-math --out pack
+      moec inspect pack
+      moec run --artifact pack --model math --prompt "What is 3 + 4?" --chat
+    """
+
+
+@app.command()
+def consolidate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL",
+            help="A checkpoint folder in Hugging Face layout; at least two. The variant is called "
+            "NAME, or else as its folder is.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="PACK", help="The folder to make; must not exist."),
+    ],
+    threshold: Annotated[
+        float,
+        typer.Option(
+            help="Cosine similarity, 0 to 1, from which experts share a slot. At 1.0 only "
+            "bit-identical experts do, and nothing is lost."
+        ),
+    ] = 0.9,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    r"""Compile checkpoints into one pack.
+
+    The checkpoints must agree in architecture and differ in weights only: fine-tunes of one base
+    model. Layer by layer, experts that are alike across variants are averaged into one slot; each
+    variant keeps its own router, attention and embeddings. The pack appears when it is whole.
+
+    \b
+    Examples:
+      moec consolidate mini-base mini-math --out pack
+      moec consolidate base=mini-base math=mini-math --threshold 1.0 --out pack
+    """
+    from moeconsolidate.console import print_summary, progress
+    from moeconsolidate.pipeline import consolidate as compile_pack
+    from moeconsolidate.report import summarise
+    from moeruntime.pack import Pack
+
+    with progress(quiet=quiet) as on_progress:
+        result = compile_pack(models, out, threshold=threshold, on_progress=on_progress)
+    with Pack(result.pack) as pack:
+        summary = summarise(pack)
+    if as_json:
+        _print_json({"pack": str(result.pack), **summary.to_json()})
+    else:
+        print_summary(summary)
+
+
+@app.command()
+def inspect(pack: PackArgument, as_json: Json = False) -> None:
+    r"""Show a pack's variants, who shares which experts, and what that saves.
+
+    Reads the manifest and the headers of the files; `moec verify` reads everything.
+
+    \b
+    Examples:
+      moec inspect pack
+      moec inspect pack --json | jq .expert_ratio
+    """
+    from moeconsolidate.console import print_sharing, print_summary
+    from moeconsolidate.report import summarise
+    from moeruntime.pack import Pack
+
+    with Pack(pack) as opened:
+        summary = summarise(opened)
+    if as_json:
+        _print_json(summary.to_json())
+    else:
+        print_summary(summary)
+        print_sharing(summary)
+
+
+@app.command()
+def verify(pack: PackArgument, as_json: Json = False, quiet: Quiet = False) -> None:
+    r"""Check every byte of a pack against its manifest.
+
+    Exits with 5 on the first thing that is not as the manifest says: a digest, a size, a reference,
+    a file too few or too many.
+
+    \b
+    Example:
+      moec verify pack && echo whole
+    """
+    from moeconsolidate.console import progress
+    from moeconsolidate.plan import Progress
+    from moeruntime.pack import Manifest, verify_pack
+
+    total = len(Manifest.load(pack).files) if pack.is_dir() else 0
+    sizes: list[int] = []
+    with progress(quiet=quiet) as on_progress:
+
+        def count(_path: str, num_bytes: int) -> None:
+            sizes.append(num_bytes)
+            on_progress(Progress("files", len(sizes), total))
+
+        manifest = verify_pack(pack, on_file=count)
+    if as_json:
+        _print_json({"files": len(sizes), "bytes": sum(sizes), "variants": manifest.variant_names})
+    else:
+        typer.echo(
+            f"{pack}: whole: {len(sizes)} files, {sum(sizes)} bytes, all as the manifest says"
+        )
+
+
+@app.command()
+def export(
+    pack: PackArgument,
+    model: Annotated[str, typer.Option("--model", "-m", metavar="NAME", help="The variant.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FOLDER", help="The folder to make."),
+    ],
+    max_shard_bytes: Annotated[
+        int, typer.Option(min=1, help="Tensor bytes a file may hold.")
+    ] = 5_000_000_000,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    r"""Write one variant as a plain Hugging Face checkpoint.
+
+    transformers and vLLM load the result. From a pack made with --threshold 1.0 it is the model
+    that went in, bit by bit.
+
+    \b
+    Example:
+      moec export pack --model math --out math-again
+    """
+    from moeconsolidate.console import progress
+    from moeconsolidate.export import export_variant
+
+    with progress(quiet=quiet) as on_progress:
+        folder = export_variant(
+            pack, model, out, max_shard_bytes=max_shard_bytes, on_progress=on_progress
+        )
+    files = sorted(path.name for path in folder.iterdir())
+    if as_json:
+        _print_json({"folder": str(folder), "model": model, "files": files})
+    else:
+        typer.echo(f"{folder}: {model}, {len(files)} files")
+
+
+@app.command(name="eval")
+def evaluate(
+    artifact: Artifact,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FILE",
+            help='Texts to score a variant on, JSONL with one {"text": ...} a line; may be given '
+            "several times, also for one variant.",
+        ),
+    ],
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="The checkpoint a variant was made from, to compare with on the same texts.",
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Score this many windows of each text; default: all.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    resident: Resident = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    r"""Measure how well each variant of a pack predicts text, and what the pack costs it.
+
+    Prints the mean negative log-likelihood (NLL, nats per token) and perplexity; with --reference
+    also the increase over the original checkpoint, evaluated by the same engine.
+
+    \b
+    Example:
+      moec eval --artifact pack --data math=math.jsonl --reference math=mini-math
+    """
+    from moeconsolidate.console import print_scores, progress
+    from moeconsolidate.evaluation import evaluate_pack
+
+    with progress(quiet=quiet) as on_progress:
+        rows = evaluate_pack(
+            artifact,
+            _pairs("--data", data),
+            dict(_pairs("--reference", reference or [])),
+            context=context,
+            max_windows=windows,
+            on_progress=on_progress,
+            engine_options={"device": device, "dtype": dtype, "resident": resident},
+        )
+    if as_json:
+        _print_json({"context": context, "scores": [row.to_json() for row in rows]})
+    else:
+        print_scores(rows)
+
+
+register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `moec` and exit; without arguments, take them from the command line."""
+    signal.signal(signal.SIGTERM, _end_politely)
+    code = 0
+    try:
+        app(None if arguments is None else list(arguments), prog_name="moec")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    except MoecError as problem:
+        code = _complain(str(problem), problem.exit_code)
+    except MemoryError:
+        code = _complain("out of memory", ResourceError.exit_code)
+    except OSError as problem:  # no permission, too many open files, a disk that fails
+        place = f"{problem.filename}: " if problem.filename else ""
+        code = _complain(f"{place}{problem.strerror or problem}", ResourceError.exit_code)
+    except Exception as problem:
+        code = _complain(
+            f"internal: {type(problem).__name__}: {problem} (a bug in moec; MOEC_TRACEBACK=1 shows "
+            "where)",
+            MoecError.exit_code,
+        )
+    sys.exit(_flush(code))
+
+
+def _complain(message: str, code: int) -> int:
+    """Print one line, whatever characters file names and values put into it."""
+    if os.environ.get("MOEC_TRACEBACK"):
+        traceback.print_exc()
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    print(f"moec: error: {line}", file=sys.stderr)
+    return code
+
+
+def _flush(code: int) -> int:
+    """Flush here, where a reader that has gone away can be passed over in silence."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out; give it something to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code
+
+
+def _end_politely(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Unwind on SIGTERM as on any error, so that nothing half-written stays behind."""
+    raise SystemExit(143)
+
+
+def _pairs(option: str, values: Sequence[str]) -> list[tuple[str, Path]]:
+    """Split NAME=PATH values."""
+    pairs = []
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not separator or not name or not path:
+            raise UsageError(f"{option} '{value}' is not NAME=PATH")
+        pairs.append((name, Path(path)))
+    return pairs
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,176 @@
+"""What people see: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from moeconsolidate.plan import OnProgress, Progress
+from moeconsolidate.report import LayerSummary, PackSummary
+
+if TYPE_CHECKING:
+    from moeconsolidate.evaluation import EvaluationRow
+
+__all__ = ["print_scores", "print_sharing", "print_summary", "progress"]
+
+MIN_WIDTH = 100
+"""Columns assumed where the output is not a terminal that knows better."""
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[OnProgress]:
+    """Yield what to call after each step.
+
+    It draws a bar on a terminal, and prints about ten lines a stage anywhere else.
+    """
+    if quiet:
+        yield lambda step: None
+    elif sys.stderr.isatty():
+        with _bars() as on_progress:
+            yield on_progress
+    else:
+        yield _print_tenths
+
+
+def print_summary(summary: PackSummary) -> None:
+    """Print what a pack saves against separate models, part by part."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"{len(summary.variants)} {summary.family} variants",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("part")
+    table.add_column("in the pack", justify="right")
+    table.add_column("as separate models", justify="right")
+    table.add_column("ratio", justify="right")
+    num_slots = sum(layer.num_slots for layer in summary.layers)
+    num_experts = sum(layer.num_experts for layer in summary.layers)
+    table.add_row(
+        f"experts: {num_slots} slots for {num_experts}",
+        _bytes(summary.expert_bytes),
+        _bytes(summary.separate_expert_bytes),
+        f"{summary.expert_ratio:.1%}",
+    )
+    table.add_row("other weights in common", _bytes(summary.common_bytes), "", "")
+    for variant in summary.variants:
+        table.add_row(f"other weights of {variant.name}", _bytes(variant.own_bytes), "", "")
+    table.add_section()
+    table.add_row(
+        "all tensors",
+        _bytes(summary.pack_bytes),
+        _bytes(summary.separate_bytes),
+        f"{summary.pack_ratio:.1%}",
+    )
+    _print(table)
+
+
+def print_sharing(summary: PackSummary) -> None:
+    """Print, layer by layer, how many slots there are and who shares them."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title="slots: expert numbers, by who shares them", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("slots", justify="right")
+    table.add_column("experts", justify="right")
+    table.add_column("shared")
+    for layer in summary.layers:
+        table.add_row(
+            str(layer.layer), str(layer.num_slots), str(layer.num_experts), _sharing(layer)
+        )
+    _print(table)
+
+
+def print_scores(rows: Sequence[EvaluationRow]) -> None:
+    """Print each variant's loss on each text, and what it is more than its original's."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("variant")
+    table.add_column("text")
+    for column in ("tokens", "NLL", "perplexity", "original NLL", "increase"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        compared = ("", "")
+        if row.reference is not None:
+            compared = (f"{row.reference.nll:.4f}", f"{row.increase:+.4f}")
+        table.add_row(
+            row.variant,
+            row.data,
+            str(row.score.num_tokens),
+            f"{row.score.nll:.4f}",
+            f"{row.score.perplexity:.3f}",
+            *compared,
+        )
+    _print(table)
+
+
+def _sharing(layer: LayerSummary) -> str:
+    """One line for all slots that join experts of the same number; the others one by one."""
+    aligned: dict[tuple[str, ...], list[int]] = {}
+    mixed: list[str] = []
+    for slot in layer.shared:
+        numbers = {expert for _, expert in slot.members}
+        if len(numbers) == 1:
+            aligned.setdefault(tuple(name for name, _ in slot.members), []).extend(numbers)
+        else:
+            mixed.append(" = ".join(f"{name} {expert}" for name, expert in slot.members))
+    lines = [
+        f"{' = '.join(names)}: {' '.join(map(str, numbers))}" for names, numbers in aligned.items()
+    ]
+    return "\n".join(lines + mixed) or "none"
+
+
+def _print(table: object) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, MIN_WIDTH)
+    console.print(table)
+
+
+def _print_tenths(step: Progress) -> None:
+    if step.done * 10 // step.total > (step.done - 1) * 10 // step.total:
+        print(f"{step.stage}: {step.done} of {step.total}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bars() -> Iterator[OnProgress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, object] = {}
+
+        def on_progress(step: Progress) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(step.stage, total=step.total)
+            bars.update(tasks[step.stage], completed=step.done)  # type: ignore[arg-type]
+
+        yield on_progress
+
+
+def _bytes(num_bytes: int) -> str:
+    """Decimal units, as disks and hubs count."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if unit != "B" else f"{num_bytes} B"

@@ -1,0 +1,194 @@
+"""Back out of a pack: one variant as a plain Hugging Face checkpoint.
+
+One tensor an expert, under the family's original names, which transformers and vLLM both load; one
+model.safetensors, or numbered shards and their index where it would be too large. One tensor at a
+time is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeconsolidate.digest import TensorDigest, content_sha256, expert_role
+from moeconsolidate.folder import SIDE_FILES
+from moeconsolidate.plan import LOSSLESS_THRESHOLD, OnProgress, Progress
+from moeconsolidate.publish import check_target, require_disk, staged_folder, write_file
+from moeconsolidate.shards import INDEX_FILE, SINGLE_FILE
+from moeruntime.errors import IntegrityError, UsageError
+from moeruntime.pack import Pack
+from moeruntime.tensorfile import DTYPES, TensorFileWriter
+
+__all__ = ["DEFAULT_SHARD_BYTES", "export_variant"]
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+"""As large as Hugging Face makes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """One tensor to write: its role, its exported name, what it is, and how to get it."""
+
+    role: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def export_variant(
+    pack_root: str | PathLike[str],
+    name: str,
+    out: str | PathLike[str],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Write one variant of a pack as a Hugging Face checkpoint folder.
+
+    From a lossless pack it is the model that went in, bit by bit, and is held against the digest
+    that the pack has of that.
+
+    Args:
+        pack_root: the pack's folder.
+        name: the variant.
+        out: the folder to make; nothing may be there yet.
+        max_shard_bytes: tensor bytes a file may hold, unless a single tensor is larger.
+        on_progress: called after each tensor.
+
+    Returns:
+        The folder that was made.
+
+    Raises:
+        UsageError: `out` exists or lies in the pack, or `max_shard_bytes` is not positive.
+        RequestError: the pack has no such variant.
+        IntegrityError: the pack does not hold what its manifest says.
+        ResourceError: the disk is full or not writable.
+    """
+    target = Path(out)
+    if max_shard_bytes < 1:
+        raise UsageError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    with Pack(Path(pack_root)) as pack:
+        variant = pack.variant(name)
+        check_target(target, inputs=[pack.root])
+        outputs = list(_outputs(pack, name))
+        require_disk(target.parent, sum(output.num_bytes for output in outputs))
+        with staged_folder(target) as folder:
+            digests = _write_shards(folder, _shards(outputs, max_shard_bytes), on_progress)
+            _copy_side_files(pack, name, folder)
+            lossless = pack.manifest.recipe.get("threshold") == LOSSLESS_THRESHOLD
+            if lossless and content_sha256(pack.manifest.config, digests) != variant.content_sha256:
+                raise IntegrityError(
+                    f"{pack.root}: variant '{name}' is not the model that was consolidated; "
+                    "`moec verify` tells which file is damaged"
+                )
+    return target
+
+
+def _outputs(pack: Pack, name: str) -> Iterator[_Output]:
+    """Every tensor of the variant, in the order a forward pass meets them."""
+    manifest, config, variant = pack.manifest, pack.manifest.config, pack.variant(name)
+    family, dtype = manifest.family_spec, DTYPES[manifest.expert_dtype]
+
+    @lru_cache(maxsize=1)  # gate_proj and up_proj are two halves of one read
+    def gate_up(layer: int, slot: int) -> Tensor:
+        return pack.layer(layer).read_rows("gate_up", slot, slot + 1)[0]
+
+    def expert(layer: int, slot: int, role: str) -> Tensor:
+        if role == "down_proj":
+            return pack.layer(layer).read_rows("down", slot, slot + 1)[0]
+        gate_proj, up_proj = gate_up(layer, slot).chunk(2)
+        return gate_proj if role == "gate_proj" else up_proj
+
+    def layer_experts(layer: int) -> Iterator[_Output]:
+        for number, slot in enumerate(variant.expert_map[layer]):
+            for role, shape in config.expert_shapes.items():
+                yield _Output(
+                    expert_role(layer, number, role),
+                    family.expert_name(layer, number, role),
+                    dtype,
+                    shape,
+                    partial(expert, layer, slot, role),
+                )
+
+    for role, shape in config.non_expert_shapes().items():
+        yield _Output(
+            role,
+            family.non_expert_name(role),
+            pack.non_expert_dtype(name, role),
+            shape,
+            partial(pack.read_non_expert, name, role),
+        )
+        if role.endswith(".router"):  # the last of its layer: the experts come next
+            yield from layer_experts(int(role.split(".")[1]))
+
+
+def _shards(outputs: Sequence[_Output], max_shard_bytes: int) -> list[list[_Output]]:
+    """Fill shards in order, starting a new one where the next tensor would not fit."""
+    shards: list[list[_Output]] = [[]]
+    shard_bytes = 0
+    for output in outputs:
+        if shards[-1] and shard_bytes + output.num_bytes > max_shard_bytes:
+            shards.append([])
+            shard_bytes = 0
+        shards[-1].append(output)
+        shard_bytes += output.num_bytes
+    return shards
+
+
+def _write_shards(
+    folder: Path, shards: Sequence[Sequence[_Output]], on_progress: OnProgress | None
+) -> dict[str, TensorDigest]:
+    """Write the tensor files, and the index if there are several; returns role -> digest."""
+    digests: dict[str, TensorDigest] = {}
+    weight_map: dict[str, str] = {}
+    total = sum(len(shard) for shard in shards)
+    for number, shard in enumerate(shards, start=1):
+        path = SINGLE_FILE
+        if len(shards) > 1:
+            path = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        declared = [(output.name, output.dtype, output.shape) for output in shard]
+        with TensorFileWriter(folder / path, declared) as file:
+            for output in shard:
+                tensor = output.read()
+                file.append(output.name, tensor)
+                digests[output.role] = TensorDigest.of(tensor)
+                weight_map[output.name] = path
+                if on_progress:
+                    on_progress(Progress("tensors", len(digests), total))
+            file.finish()
+    if len(shards) > 1:
+        every = [output for shard in shards for output in shard]
+        metadata = {
+            "total_parameters": sum(math.prod(output.shape) for output in every),
+            "total_size": sum(output.num_bytes for output in every),
+        }
+        index = {"metadata": metadata, "weight_map": weight_map}
+        document = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_file(folder / INDEX_FILE, document.encode())
+    return digests
+
+
+def _copy_side_files(pack: Pack, name: str, folder: Path) -> None:
+    for file in SIDE_FILES:
+        path = pack.variant_path(name, file)
+        if path is None:
+            continue
+        contents = path.read_bytes()
+        expected = pack.manifest.files[path.relative_to(pack.root).as_posix()]
+        if hashlib.sha256(contents).hexdigest() != expected.sha256:
+            raise IntegrityError(f"{path}: sha256 is not what the manifest says")
+        write_file(folder / file, contents)

@@ -1,0 +1,76 @@
+"""README.md of a pack: what it holds, for people who find it on a disk or on a hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeconsolidate.plan import ConsolidationPlan
+from moeruntime.families import ModelConfig
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    names: Sequence[str],
+    plan: ConsolidationPlan,
+    family: str,
+    config: ModelConfig,
+    *,
+    pack_bytes: int,
+    separate_bytes: int,
+) -> bytes:
+    """Write the card; it depends on the contents alone, so no dates and no paths.
+
+    Args:
+        names: the variants, in order.
+        plan: what shares what.
+        family: the `model_type` of the variants.
+        config: their architecture.
+        pack_bytes: tensor bytes of the pack.
+        separate_bytes: tensor bytes of the variants as separate models.
+    """
+    recipe = plan.recipe
+    rule = (
+        "Only bit-identical experts share a slot: every variant comes out exactly as it went in."
+        if recipe.lossless
+        else f"Experts share a slot where their average {recipe.similarity} similarity "
+        f"({recipe.signal}, {recipe.linkage} linkage) is at least {recipe.threshold:g}; a slot "
+        f"holds the {recipe.merge} of its members. Routers and all other weights are each "
+        "variant's own."
+    )
+    lines = [
+        f"# {len(names)} {family} variants in one pack",
+        "",
+        "Made by moec: experts that are alike are stored once.",
+        "",
+        f"- variants: {', '.join(f'`{name}`' for name in names)}",
+        f"- architecture: {family}, {config.num_layers} layers, {config.num_experts} experts, "
+        f"{config.top_k} of them per token, hidden size {config.hidden_size}",
+        f"- tensors: {pack_bytes:,} bytes; as separate models {separate_bytes:,} bytes "
+        f"({pack_bytes / separate_bytes:.1%})",
+        "",
+        "## Recipe",
+        "",
+        rule,
+        "",
+        "## Slots",
+        "",
+        "| layer | experts of all variants | slots |",
+        "| ---: | ---: | ---: |",
+    ]
+    num_experts = len(names) * config.num_experts
+    lines += [
+        f"| {layer} | {num_experts} | {count} |" for layer, count in enumerate(plan.num_slots)
+    ]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```",
+        "moec verify PACK",
+        f'moec run --artifact PACK --model {names[0]} --prompt "..."',
+        f"moec export PACK --model {names[0]} --out FOLDER",
+        "```",
+        "",
+    ]
+    return "\n".join(lines).encode()

@@ -1,0 +1,224 @@
+"""Writes a pack, a layer at a time, and publishes it whole.
+
+The order: `write_layer` for each layer, `write_non_expert`, `write_side_files`, `finish`. What has
+been asked for decides every byte; nothing about the machine, the time or the place goes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeconsolidate.digest import TensorDigest
+from moeconsolidate.model_card import model_card
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan
+from moeconsolidate.publish import require_disk, staged_folder, write_file
+from moeruntime import __version__
+from moeruntime.families import ModelConfig
+from moeruntime.pack.manifest import (
+    COMMON_FILE,
+    MANIFEST_NAME,
+    Manifest,
+    PackedFile,
+    TensorRef,
+    Variant,
+    layer_file,
+    variant_file,
+    variant_folder,
+)
+from moeruntime.tensorfile import FileDigest, TensorFileWriter, dtype_name
+
+__all__ = ["PackWriter"]
+
+SlotColumns = Callable[[int, slice], Tensor]
+"""(slot, columns) -> those weights of the slot's expert, flattened; valid until the next call."""
+
+
+class PackWriter:
+    """One pack being written; made by `PackWriter.create`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        family: str,
+        config: ModelConfig,
+        expert_dtype: torch.dtype,
+    ) -> None:
+        """Write into `folder`, which is there and empty."""
+        self._folder = folder
+        self._names = tuple(names)
+        self._family, self._config, self._expert_dtype = family, config, expert_dtype
+        self._files: dict[str, PackedFile] = {}
+        self._tensors: list[dict[str, TensorRef]] = [{} for _ in names]
+        self._tensor_bytes = 0
+        for inside in ("experts", *map(variant_folder, self._names)):
+            (folder / inside).mkdir(parents=True)
+
+    @classmethod
+    @contextmanager
+    def create(
+        cls,
+        target: Path,
+        names: Sequence[str],
+        family: str,
+        config: ModelConfig,
+        expert_dtype: torch.dtype,
+    ) -> Iterator[PackWriter]:
+        """Yield a writer whose pack appears at `target` when the block ends well, and never else.
+
+        Args:
+            target: a path that does not exist, in a folder that does.
+            names: the variants, in order.
+            family: key into FAMILIES.
+            config: the architecture they share.
+            expert_dtype: what experts are stored as.
+
+        Raises:
+            UsageError: `target` has appeared meanwhile.
+            ResourceError: the disk is full, read-only or broken.
+        """
+        with staged_folder(target) as folder:
+            yield cls(folder, names, family, config, expert_dtype)
+
+    def write_layer(self, plan: LayerPlan, slot_columns: SlotColumns) -> None:
+        """Write one layer's experts: gate_up [slots, 2I, H], then down [slots, H, I].
+
+        Raises:
+            ResourceError: the disk has no room for this layer.
+        """
+        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        num_slots, path = len(plan.slots), layer_file(plan.layer)
+        tensors = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+        declared = [
+            (name, self._expert_dtype, (num_slots, *shape)) for name, shape in tensors.items()
+        ]
+        self._reserve(num_slots * self._config.expert_numel * self._expert_dtype.itemsize)
+        with TensorFileWriter(self._folder / path, declared) as file:
+            start = 0
+            for name, shape in tensors.items():
+                columns = slice(start, start + shape[0] * shape[1])
+                for slot in range(num_slots):
+                    file.append(name, slot_columns(slot, columns).view(1, *shape))
+                start = columns.stop
+            self._add(path, file.finish())
+
+    def write_non_expert(
+        self,
+        digests: Sequence[Mapping[str, TensorDigest]],
+        read: Callable[[int, str], Tensor],
+    ) -> None:
+        """Write the variants' other weights, each set of bit-identical tensors once.
+
+        Args:
+            digests: for each variant, role -> what its tensor is.
+            read: (variant_idx, role) -> the tensor, as its digest says.
+
+        Raises:
+            ResourceError: the disk has no room for them.
+        """
+        contents = self._place(digests)
+        self._reserve(
+            sum(digests[idx][role].num_bytes for file in contents.values() for idx, role in file)
+        )
+        for path, owners in contents.items():
+            # Each tensor's name in the file, from whichever variant's table refers to it.
+            names = [self._tensors[idx][role].tensor for idx, role in owners]
+            declared = [
+                (name, digests[idx][role].dtype, digests[idx][role].shape)
+                for name, (idx, role) in zip(names, owners, strict=True)
+            ]
+            with TensorFileWriter(self._folder / path, declared) as file:
+                for name, (idx, role) in zip(names, owners, strict=True):
+                    file.append(name, read(idx, role))
+                self._add(path, file.finish())
+
+    def write_side_files(self, variant_idx: int, files: Mapping[str, bytes]) -> None:
+        """Write a variant's tokenizer, config and so on."""
+        for name, contents in files.items():
+            self._write_small(f"{variant_folder(self._names[variant_idx])}/{name}", contents)
+
+    def finish(
+        self, plan: ConsolidationPlan, content_sha256s: Iterable[str], *, separate_bytes: int
+    ) -> Manifest:
+        """Write the model card and, last of all, the manifest.
+
+        Args:
+            plan: what was written.
+            content_sha256s: each variant's content digest.
+            separate_bytes: tensor bytes of the variants as separate models.
+        """
+        card = model_card(
+            self._names,
+            plan,
+            self._family,
+            self._config,
+            pack_bytes=self._tensor_bytes,
+            separate_bytes=separate_bytes,
+        )
+        self._write_small("README.md", card)
+        manifest = Manifest(
+            family=self._family,
+            config=self._config,
+            expert_dtype=dtype_name(self._expert_dtype),
+            num_slots=plan.num_slots,
+            variants=tuple(
+                Variant(
+                    name=name,
+                    content_sha256=content_sha256,
+                    expert_map=tuple(layer.expert_map(idx) for layer in plan.layers),
+                    tensors=self._tensors[idx],
+                )
+                for idx, (name, content_sha256) in enumerate(
+                    zip(self._names, content_sha256s, strict=True)
+                )
+            ),
+            files=self._files,
+            recipe=plan.recipe.to_json(),
+            provenance={"moec": __version__},
+        )
+        write_file(self._folder / MANIFEST_NAME, manifest.to_bytes())
+        return manifest
+
+    def _place(
+        self, digests: Sequence[Mapping[str, TensorDigest]]
+    ) -> dict[str, list[tuple[int, str]]]:
+        """Decide where each tensor goes: file -> (variant to read it from, role), in file order.
+
+        A tensor that two variants have goes into the common file, named after its role; the second
+        such group of one role gets "@2" added, the third "@3".
+        """
+        contents: dict[str, list[tuple[int, str]]] = {COMMON_FILE: []}
+        contents |= {variant_file(name): [] for name in self._names}
+        for role in self._config.non_expert_shapes():
+            groups: dict[TensorDigest, list[int]] = {}
+            for idx, digest_of in enumerate(digests):
+                groups.setdefault(digest_of[role], []).append(idx)
+            num_common = 0
+            for members in groups.values():
+                ref = TensorRef(variant_file(self._names[members[0]]), role)
+                if len(members) > 1:
+                    num_common += 1
+                    suffix = "" if num_common == 1 else f"@{num_common}"
+                    ref = TensorRef(COMMON_FILE, role + suffix)
+                contents[ref.file].append((members[0], role))
+                for idx in members:
+                    self._tensors[idx][role] = ref
+        return {path: owners for path, owners in contents.items() if owners}
+
+    def _write_small(self, path: str, contents: bytes) -> None:
+        write_file(self._folder / path, contents)
+        self._files[path] = PackedFile(len(contents), hashlib.sha256(contents).hexdigest())
+
+    def _add(self, path: str, digest: FileDigest) -> None:
+        self._files[path] = PackedFile(digest.num_bytes, digest.sha256)
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Check the room for tensors that are about to be written, and count them."""
+        require_disk(self._folder.parent, num_bytes)
+        self._tensor_bytes += num_bytes

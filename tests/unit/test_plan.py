@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from moeconsolidate.plan import ConsolidationPlan, ExpertRef, LayerPlan, Recipe
+from moeruntime.errors import InputError, UsageError
+
+
+def example() -> ConsolidationPlan:
+    layers = (
+        LayerPlan.from_labels(0, [0, 1, 0, 2], num_experts=2),
+        LayerPlan.from_labels(1, [0, 0, 0, 0], num_experts=2),
+    )
+    return ConsolidationPlan(Recipe(threshold=0.9), layers)
+
+
+def test_labels_become_slots_and_maps() -> None:
+    first, second = example().layers
+    assert first.slots == (
+        (ExpertRef(0, 0), ExpertRef(1, 0)),
+        (ExpertRef(0, 1),),
+        (ExpertRef(1, 1),),
+    )
+    assert (first.expert_map(0), first.expert_map(1)) == ((0, 1), (0, 2))
+    assert second.expert_map(1) == (0, 0)
+    assert example().num_slots == (3, 1)
+
+
+def test_json_both_ways() -> None:
+    data = json.dumps(example().to_json()).encode()
+    assert ConsolidationPlan.from_bytes(data, "plan.json") == example()
+
+
+@pytest.mark.parametrize(
+    ("slots", "complaint"),
+    [
+        ([[[0, 0], [1, 0]], [[0, 0]]], "exactly one slot"),
+        ([[[0, 0], [1, 1]]], "exactly one slot"),
+        ([[[0, 0]], []], "must have a member"),
+        ([[[0]]], "variant_idx, expert"),
+        ([[[0, -1]]], "not an integer"),
+        ([[0]], "must be a list"),
+        ([], "must be a list of slots"),
+        ("x", "must be a list of slots"),
+    ],
+)
+def test_plans_that_make_no_sense(slots: object, complaint: str) -> None:
+    document = {"recipe": Recipe(0.9).to_json(), "layers": [slots]}
+    with pytest.raises(InputError, match=complaint):
+        ConsolidationPlan.from_bytes(json.dumps(document).encode(), "plan.json")
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -0.1, 1.1, float("inf")])
+def test_thresholds_out_of_range(threshold: float) -> None:
+    with pytest.raises(UsageError, match=r"outside 0\.\.1"):
+        Recipe(threshold=threshold)
+
+
+def test_unknown_choices_name_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="merge 'ties' is unknown; known: average"):
+        Recipe(threshold=0.9, merge="ties")
+
+
+def test_only_threshold_one_is_lossless() -> None:
+    assert Recipe(threshold=1.0).lossless
+    assert not Recipe(threshold=0.9999).lossless

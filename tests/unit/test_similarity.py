@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeconsolidate.similarity import check_rows, cosine_similarity
+from moeruntime.errors import CheckpointError
+
+
+def describe(row: int) -> str:
+    return f"row {row}"
+
+
+def test_agrees_with_float64() -> None:
+    torch.manual_seed(0)
+    experts_EP = torch.randn(12, 70_001).bfloat16()
+    experts_EP[5] = experts_EP[2] + 0.1 * experts_EP[5]
+    unit_EP = torch.nn.functional.normalize(experts_EP.double(), dim=1)
+    similarity_EE = cosine_similarity(experts_EP, describe=describe)
+    assert similarity_EE.dtype == torch.float32
+    torch.testing.assert_close(similarity_EE.double(), unit_EP @ unit_EP.T, rtol=0, atol=1e-7)
+    assert torch.equal(similarity_EE, similarity_EE.T)
+    assert torch.equal(similarity_EE.diagonal(), torch.ones(12))
+
+
+def test_identical_and_opposite_rows_are_exact() -> None:
+    torch.manual_seed(0)
+    row_P = torch.randn(100_003).bfloat16()
+    similarity_EE = cosine_similarity(torch.stack([row_P, -row_P, row_P]), describe=describe)
+    assert similarity_EE.tolist() == [[1, -1, 1], [-1, 1, -1], [1, -1, 1]]
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 16, 200_000])
+def test_the_same_bits_for_any_number_of_threads(num_columns: int) -> None:
+    torch.manual_seed(0)
+    experts_EP = torch.randn(9, num_columns).bfloat16()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            results.append(cosine_similarity(experts_EP, describe=describe))
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_largest_and_smallest_weights_neither_overflow_nor_vanish() -> None:
+    rows = torch.tensor([[3e38, 3e38], [1e-40, 1e-40], [1.0, 1.0]])
+    for experts_EP in (rows, rows.bfloat16()):
+        assert (cosine_similarity(experts_EP, describe=describe) > 0.999).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.0, "all weights are zero")],
+)
+@pytest.mark.parametrize("check", [cosine_similarity, check_rows])
+def test_bad_rows_are_named(check: object, value: float, complaint: str) -> None:
+    experts_EP = torch.ones(3, 50_000)
+    if value == 0.0:
+        experts_EP[1] = 0.0
+    else:
+        experts_EP[1, 49_999] = value
+    with pytest.raises(CheckpointError, match=f"^row 1: .*{complaint}"):
+        check(experts_EP, describe=describe)  # type: ignore[operator]
