@@ -54,7 +54,7 @@ def moec(
         ),
     ] = False,
 ) -> None:
-    r"""Store and serve fine-tuned mixture-of-experts models together.
+    """Store and serve fine-tuned mixture-of-experts models together.
 
     `consolidate` compiles checkpoints of one architecture into a pack, which holds experts that are
     alike once; `run` generates text from any variant in it; `export` gets a variant out again.
@@ -91,7 +91,7 @@ def consolidate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    r"""Compile checkpoints into one pack.
+    """Compile checkpoints into one pack.
 
     The checkpoints must agree in architecture and differ in weights only: fine-tunes of one base
     model. Layer by layer, experts that are alike across variants are averaged into one slot; each
@@ -119,7 +119,7 @@ def consolidate(
 
 @app.command()
 def inspect(pack: PackArgument, as_json: Json = False) -> None:
-    r"""Show a pack's variants, who shares which experts, and what that saves.
+    """Show a pack's variants, who shares which experts, and what that saves.
 
     Reads the manifest and the headers of the files; `moec verify` reads everything.
 
@@ -143,7 +143,7 @@ def inspect(pack: PackArgument, as_json: Json = False) -> None:
 
 @app.command()
 def verify(pack: PackArgument, as_json: Json = False, quiet: Quiet = False) -> None:
-    r"""Check every byte of a pack against its manifest.
+    """Check every byte of a pack against its manifest.
 
     Exits with 5 on the first thing that is not as the manifest says: a digest, a size, a reference,
     a file too few or too many.
@@ -187,7 +187,7 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    r"""Write one variant as a plain Hugging Face checkpoint.
+    """Write one variant as a plain Hugging Face checkpoint.
 
     transformers and vLLM load the result. From a pack made with --threshold 1.0 it is the model
     that went in, bit by bit.
@@ -238,7 +238,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    r"""Measure how well each variant of a pack predicts text, and what the pack costs it.
+    """Measure how well each variant of a pack predicts text, and what the pack costs it.
 
     Prints the mean negative log-likelihood (NLL, nats per token) and perplexity; with --reference
     also the increase over the original checkpoint, evaluated by the same engine.

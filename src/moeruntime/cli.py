@@ -91,7 +91,7 @@ def run(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr.")] = False,
 ) -> None:
-    r"""Generate text from one variant of a pack, or from many at once.
+    """Generate text from one variant of a pack, or from many at once.
 
     Text streams to stdout as it comes. With --prompts, requests of different variants share every
     step, and answers are printed in the order of the file.

@@ -52,10 +52,12 @@ class SamplingParams:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
         if self.top_p == 0.0:
             raise RequestError("top_p is 0, which leaves no token; use temperature 0 for greedy")
-        if isinstance(self.stop, str) or not all(isinstance(one, str) for one in self.stop):
-            raise RequestError(f"stop is {self.stop!r}, not a sequence of strings")
-        if len(self.stop) > MAX_STOP_STRINGS or "" in self.stop:
-            raise RequestError(f"stop takes up to {MAX_STOP_STRINGS} strings, none of them empty")
+        all_text = all(isinstance(one, str) for one in self.stop)
+        # A single string given for a tuple of them also "holds" the empty string.
+        if not all_text or len(self.stop) > MAX_STOP_STRINGS or "" in self.stop:
+            raise RequestError(
+                f"stop takes a tuple of up to {MAX_STOP_STRINGS} strings, none of them empty"
+            )
 
 
 @dataclass(frozen=True, slots=True)
