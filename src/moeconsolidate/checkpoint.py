@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from moeconsolidate.digest import TensorDigest, content_sha256, expert_role
-from moeconsolidate.folder import TOKENIZER_FILE, check_tokenizer, read_config, read_side_files
+from moeconsolidate.folder import TOKENIZER_FILE, read_config, read_side_files
 from moeconsolidate.shards import Shards
 from moeruntime.errors import CheckpointError
 from moeruntime.families import EXPERT_ROLES, FAMILIES, Family, ModelConfig
 from moeruntime.strict_json import Fields
 from moeruntime.tensorfile import TensorFile, dtype_name
+from moeruntime.text import parse_tokenizer
 
 __all__ = ["Checkpoint"]
 
@@ -78,7 +79,8 @@ class Checkpoint:
             self.family = _find_family(fields)
             self.config: ModelConfig = self.family.parse_config(fields)
             self.side_files = read_side_files(folder)
-            check_tokenizer(folder, self.side_files[TOKENIZER_FILE], self.config.vocab_size)
+            tokenizer = self.side_files[TOKENIZER_FILE]
+            parse_tokenizer(tokenizer, folder / TOKENIZER_FILE, self.config.vocab_size)
             self._shards = Shards(folder)
         try:
             self._unclaimed = set(self._shards.where)
@@ -141,11 +143,18 @@ class Checkpoint:
         return " ".join(digest.sha256 for digest in digests)
 
     def read_non_expert(self, role: str) -> Tensor:
-        """Read one non-expert tensor, in its stored dtype and shape."""
+        """Read one non-expert tensor, in its stored dtype and shape.
+
+        Raises:
+            CheckpointError: it cannot be read, or a weight is not finite.
+        """
         location = self._non_expert[role]
         with _reading(location):
             tensor = location.file.read(location.tensor)
         if role not in self._digests:
+            # NaN and infinity both reach the extremes, which are found without a copy.
+            if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+                raise CheckpointError(f"{location}: a weight is not finite (NaN or infinity)")
             self._digests[role] = TensorDigest.of(tensor)
         return tensor
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -25,12 +26,14 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="moec",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+SIGNAL_CODES = (130, 143)
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
@@ -47,6 +50,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def moec(
+    context: typer.Context,
     _version: Annotated[
         bool,
         typer.Option(
@@ -65,6 +69,9 @@ def moec(
       moec inspect pack
       moec run --artifact pack --model math --prompt "What is 3 + 4?" --chat
     """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command()
@@ -271,10 +278,14 @@ register(app)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `moec` and exit; without arguments, take them from the command line."""
+    _fill_closed_streams()
     signal.signal(signal.SIGTERM, _end_politely)
     code = 0
     try:
-        app(None if arguments is None else list(arguments), prog_name="moec")
+        result = app(
+            None if arguments is None else list(arguments), prog_name="moec", standalone_mode=False
+        )
+        code = result if isinstance(result, int) else 0  # of `typer.Exit`; commands return None
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
@@ -283,6 +294,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 1
     except MoecError as problem:
         code = _complain(str(problem), problem.exit_code)
+    except typer.TyperException as problem:  # a call that makes no sense to the parser
+        context = getattr(problem, "ctx", None)
+        command = context.command_path if context else "moec"
+        code = _complain(
+            f"{problem.format_message().rstrip('.')}; see `{command} --help`", UsageError.exit_code
+        )
     except MemoryError:
         code = _complain("out of memory", ResourceError.exit_code)
     except OSError as problem:  # no permission, too many open files, a disk that fails
@@ -294,6 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             "where)",
             MoecError.exit_code,
         )
+    if code in SIGNAL_CODES:  # Another Ctrl-C would only garble the way out.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(_flush(code))
 
 
@@ -302,7 +322,8 @@ def _complain(message: str, code: int) -> int:
     if os.environ.get("MOEC_TRACEBACK"):
         traceback.print_exc()
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    print(f"moec: error: {line}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads it, or it is on a full disk
+        print(f"moec: error: {line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -310,11 +331,23 @@ def _flush(code: int) -> int:
     """Flush here, where a reader that has gone away can be passed over in silence."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as problem:
+        if not code and not isinstance(problem, BrokenPipeError):
+            code = _complain(f"standard output: {problem.strerror}", ResourceError.exit_code)
         # The interpreter flushes once more on its way out; give it something to write to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or 1
     return code
+
+
+def _fill_closed_streams() -> None:
+    """Open what the caller has closed, or a file of ours takes its number and what is printed."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    # Python has None in place of a stream that was closed when it started.
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _end_politely(_number: int, _frame: FrameType | None) -> NoReturn:

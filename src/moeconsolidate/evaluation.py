@@ -8,7 +8,7 @@ incomplete window is left out, unless it is the only one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from moeruntime.engine import Engine, EngineOptions
 from moeruntime.errors import InputError
 from moeruntime.pack import Manifest, TensorRef, Variant
 from moeruntime.pack.manifest import variant_file
-from moeruntime.strict_json import Fields, parse_json
+from moeruntime.strict_json import read_json_lines
 from moeruntime.tensorfile import dtype_name
 
 __all__ = [
@@ -32,8 +32,6 @@ __all__ = [
     "read_texts",
     "score_texts",
 ]
-
-MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +149,7 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         InputError: missing, malformed, or without a text; names the line.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    texts = []
-    with path.open("rb") as file:
-        for number, line in enumerate(_lines(file, path), start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                fields = Fields(parse_json(line, where, InputError), where, InputError)
-                texts.append(fields.text("text"))
+    texts = [fields.text("text") for fields in read_json_lines(path, InputError)]
     if not texts:
         raise InputError(f"{path}: holds no text")
     return texts
@@ -205,13 +195,6 @@ def _windows(engine: Engine, variant: str, texts: Sequence[str], context: int) -
     if len(windows) > 1 and len(windows[-1]) < context:
         windows.pop()
     return windows
-
-
-def _lines(file: Iterator[bytes], path: Path) -> Iterator[bytes]:
-    for number, line in enumerate(file, start=1):
-        if len(line) > MAX_LINE_BYTES:
-            raise InputError(f"{path}:{number}: line of more than {MAX_LINE_BYTES} bytes")
-        yield line
 
 
 class CheckpointSource:

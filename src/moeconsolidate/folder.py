@@ -14,7 +14,7 @@ from pathlib import Path
 from moeruntime.errors import CheckpointError, TokenizerError
 from moeruntime.strict_json import MAX_JSON_BYTES, Fields, parse_json
 
-__all__ = ["check_tokenizer", "find_file", "read_config", "read_side_files"]
+__all__ = ["find_file", "read_config", "read_side_files"]
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -85,33 +85,6 @@ def read_config(folder: Path) -> Fields:
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}: not a Hugging Face checkpoint folder")
     where = str(path)
     return Fields(parse_json(_read(path), where, CheckpointError), where, CheckpointError)
-
-
-def check_tokenizer(folder: Path, contents: bytes, vocab_size: int) -> None:
-    """Check that tokenizer.json is a tokenizer and that every id it makes has an embedding row.
-
-    Raises:
-        TokenizerError: it is not, or an id lies beyond the embedding.
-    """
-    from tokenizers import Tokenizer
-
-    path = folder / TOKENIZER_FILE
-    try:
-        tokenizer = Tokenizer.from_buffer(contents)
-        ids = tokenizer.get_vocab(with_added_tokens=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as problem:  # a panic of the Rust library is not an Exception
-        reason = " ".join(str(problem).split())[:200]
-        raise TokenizerError(f"{path}: not a tokenizer: {reason}") from None
-    if not ids:
-        raise TokenizerError(f"{path}: the vocabulary is empty")
-    token, largest = max(ids.items(), key=lambda item: item[1])
-    if largest >= vocab_size:
-        raise TokenizerError(
-            f"{path}: token {ascii(token[:40])} has id {largest}, but {CONFIG_FILE} gives "
-            f"vocab_size {vocab_size}"
-        )
 
 
 def _check_link(folder: Path, path: Path) -> None:

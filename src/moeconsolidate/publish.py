@@ -80,7 +80,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     except BaseException as problem:
         try:
             _remove(staging)
-        except KeyboardInterrupt:  # it came before `_remove` could turn interrupts off
+        except (KeyboardInterrupt, SystemExit):  # a signal before `_remove` turned them off
             _remove(staging)
         # A broken pipe is about where progress is printed, not about this disk.
         if isinstance(problem, OSError) and not isinstance(problem, BrokenPipeError):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeruntime.errors import InputError, UsageError
-from moeruntime.strict_json import Fields, parse_json
+from moeruntime.errors import InputError, RequestError, TokenizerError, UsageError
+from moeruntime.strict_json import Fields, read_json_lines
 
 if TYPE_CHECKING:
     from moeruntime.engine import Engine
@@ -114,8 +114,9 @@ def run(
         seed=seed,
         stop=tuple(stop or ()),
     )
+    places: list[str] = []
     if prompts is not None:
-        requests = _read_prompts(prompts, model, chat, sampling)
+        places, requests = _read_prompts(prompts, model, chat, sampling)
     else:
         requests = [Request(_named(artifact, model), prompt or "", sampling, chat)]
     with loading(artifact, device, dtype, resident, quiet=quiet) as engine:
@@ -123,7 +124,7 @@ def run(
         if prompts is None and not as_json:
             outputs = [_stream(engine, requests[0])]
         else:
-            outputs = engine.generate(requests)
+            outputs = _generate(engine, requests, places)
             for request, output in zip(requests, outputs, strict=True):
                 _print_output(request, output, as_json=as_json)
         if not quiet:
@@ -157,18 +158,36 @@ def _named(artifact: Path, model: str | None) -> str:
 
 def _read_prompts(
     path: Path, model: str | None, chat: bool, default: SamplingParams
-) -> list[Request]:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    requests = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            fields = Fields(parse_json(line, where, InputError), where, InputError)
+) -> tuple[list[str], list[Request]]:
+    """Read a file of prompts: where each of them stands, and what it asks for."""
+    places, requests = [], []
+    for fields in read_json_lines(path, InputError):
+        places.append(fields.where)
+        try:
             requests.append(_parse_request(fields, model, chat, default))
+        except RequestError as problem:
+            raise RequestError(f"{fields.where}: {problem}") from None
     if not requests:
         raise InputError(f"{path}: holds no prompt")
-    return requests
+    return places, requests
+
+
+def _generate(engine: Engine, requests: list[Request], places: list[str]) -> list[Output]:
+    """Run requests to the end; a complaint about one begins with the place it was read from."""
+    if not places:
+        return engine.generate(requests)
+    last = ""
+
+    def each() -> Iterator[Request]:
+        nonlocal last
+        for place, request in zip(places, requests, strict=True):
+            last = place
+            yield request
+
+    try:  # The engine takes a request only after it has accepted the one before.
+        return engine.generate(each())
+    except (RequestError, TokenizerError) as problem:
+        raise type(problem)(f"{last}: {problem}") from None
 
 
 def _parse_request(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from moeruntime.errors import ResourceError, UsageError
@@ -16,18 +18,16 @@ def resolve_device(name: str) -> torch.device:
     """The device that "auto", "cpu", "cuda" or "cuda:N" names; it must exist."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device '{name}' is not 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
-    if device.type not in ("cpu", "cuda"):
+    if name == "cpu":
+        return torch.device(name)
+    # torch.device() would take "cuda:256" for "cuda:0": it keeps eight bits of the number.
+    match = re.fullmatch(r"cuda(?::(\d{1,9}))?", name, re.ASCII)
+    if match is None:
         raise UsageError(f"device '{name}' is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ResourceError(f"device '{name}': this machine has {count} CUDA devices")
-        return torch.device("cuda", device.index or 0)
-    return device
+    idx, count = int(match[1] or 0), torch.cuda.device_count()
+    if idx >= count:
+        raise ResourceError(f"device '{name}': this machine has {count} CUDA devices")
+    return torch.device("cuda", idx)
 
 
 def resolve_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:

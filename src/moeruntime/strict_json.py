@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moeruntime.errors import MoecError
 
-__all__ = ["Fields", "canonical_json", "parse_json", "read_json"]
+__all__ = ["Fields", "canonical_json", "parse_json", "read_json", "read_json_lines"]
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 
@@ -45,14 +46,32 @@ def read_json(path: Path, error: type[MoecError], *, name: str | None = None) ->
         error: the file is missing, not regular, too large, or not one JSON object.
     """
     where = name or str(path)
-    if not path.exists():
-        raise error(f"{where}: no such file")
-    if not path.is_file():
-        raise error(f"{where}: not a regular file")
+    _check_regular(path, where, error)
     num_bytes = path.stat().st_size
     if num_bytes > MAX_JSON_BYTES:
         raise error(f"{where}: {num_bytes} bytes of JSON, more than the {MAX_JSON_BYTES} allowed")
     return Fields(parse_json(path.read_bytes(), where, error), where, error)
+
+
+def read_json_lines(path: Path, error: type[MoecError]) -> Iterator[Fields]:
+    """Read JSON objects, one a line, each at most 64 MiB; blank lines are passed over.
+
+    Each object's `where` is FILE:LINE.
+
+    Raises:
+        error: the file is missing or not regular, or a line is not one JSON object.
+    """
+    _check_regular(path, str(path), error)
+    with path.open("rb") as file:
+        for number in count(1):
+            where = f"{path}:{number}"
+            line = file.readline(MAX_JSON_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_JSON_BYTES:
+                raise error(f"{where}: line of more than {MAX_JSON_BYTES} bytes")
+            if line.strip():
+                yield Fields(parse_json(line, where, error), where, error)
 
 
 def canonical_json(value: object) -> bytes:
@@ -169,6 +188,13 @@ class Fields:
     def _or_default(self, key: str, default: object) -> Any:
         value = self.raw(key, ... if default is None else default)
         return default if value is None and default is not None else value
+
+
+def _check_regular(path: Path, where: str, error: type[MoecError]) -> None:
+    if not path.exists():
+        raise error(f"{where}: no such file")
+    if not path.is_file():
+        raise error(f"{where}: not a regular file")
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

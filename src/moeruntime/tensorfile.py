@@ -180,7 +180,11 @@ class TensorFile:
         target = out.reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < num_bytes:
-            got = os.preadv(self._fd, [target[done:]], offset + done)
+            try:
+                got = os.preadv(self._fd, [target[done:]], offset + done)
+            except OSError as problem:  # a disk or a network file system that fails
+                reason = problem.strerror
+                raise self._error(f"{self.path}: cannot be read: {reason}") from None
             if got == 0:
                 raise self._error(f"{self.path}: shrank while it was being read")
             done += got

@@ -16,11 +16,36 @@ from moeruntime.pack import WeightSource
 from moeruntime.request import Message
 from moeruntime.strict_json import read_json
 
-__all__ = ["ChatTemplates", "TextStream", "VariantText"]
+__all__ = ["ChatTemplates", "TextStream", "VariantText", "parse_tokenizer"]
 
 RENDER_TIMEOUT_S = 5.0
 MAX_PROMPT_CHARACTERS = 4 * 1024 * 1024
 _WORKER = Path(__file__).with_name("template_worker.py")
+
+
+def parse_tokenizer(contents: bytes, where: Path, vocab_size: int) -> Tokenizer:
+    """Make a tokenizer of a tokenizer.json, every id of which has a row of the embedding.
+
+    Raises:
+        TokenizerError: it is none, or an id lies beyond the embedding; names `where`.
+    """
+    try:
+        tokenizer = Tokenizer.from_buffer(contents)
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as problem:  # a panic of the Rust library is not an Exception
+        reason = " ".join(str(problem).split())[:200]
+        raise TokenizerError(f"{where}: not a tokenizer: {reason}") from None
+    if not ids:
+        raise TokenizerError(f"{where}: the vocabulary is empty")
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise TokenizerError(
+            f"{where}: token {ascii(token[:40])} has id {largest}, but config.json gives "
+            f"vocab_size {vocab_size}"
+        )
+    return tokenizer
 
 
 class VariantText:
@@ -30,17 +55,14 @@ class VariantText:
         """Load what the pack holds for a variant.
 
         Raises:
-            TokenizerError: the tokenizer is missing or malformed.
+            TokenizerError: the tokenizer is missing, malformed or too large for the embedding.
         """
         path = source.variant_path(variant, "tokenizer.json")
         if path is None:
             raise TokenizerError(f"{source.root}: variant '{variant}' has no tokenizer.json")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as problem:  # The library raises bare Exception.
-            raise TokenizerError(f"{path}: not a tokenizer: {problem}") from None
         self.variant = variant
         self.vocab_size = source.manifest.config.vocab_size
+        self.tokenizer = parse_tokenizer(path.read_bytes(), path, self.vocab_size)
         self._values, self.chat_template = _template(source, variant)
         self._end_id = self.tokenizer.token_to_id(str(self._values.get("eos_token", "")))
         self.eos_ids = _eos_ids(source, variant)
@@ -83,6 +105,12 @@ class VariantText:
         except TypeError:  # What the library makes of a string that UTF-8 cannot hold.
             raise RequestError("prompt holds a lone surrogate, which is no character") from None
         ids: list[int] = encoding.ids
+        # The vocabulary's ids fit, but a post-processor can add others.
+        if max(ids, default=0) >= self.vocab_size:
+            raise TokenizerError(
+                f"variant '{self.variant}': tokenizer.json makes the token {max(ids)} of this "
+                f"prompt, outside the vocabulary of {self.vocab_size}"
+            )
         return ids
 
 

@@ -15,7 +15,9 @@ def _parse_config(source: Fields) -> ModelConfig:
         source.fail(f"hidden_size {hidden_size} is not a multiple of {num_heads} attention heads")
     activation = source.text("hidden_act", "silu")
     if activation != "silu":
-        source.fail(f"hidden_act '{activation}' is not implemented for Mixtral; 'silu' is")
+        source.fail(
+            f"hidden_act {ascii(activation[:40])} is not implemented for Mixtral; 'silu' is"
+        )
     config = ModelConfig(
         hidden_size=hidden_size,
         intermediate_size=source.integer("intermediate_size", 1, MAX_DIM),
@@ -44,7 +46,7 @@ def _rope_theta(source: Fields) -> float:
     if source.has("rope_parameters"):
         rope = source.child("rope_parameters")
         if (kind := rope.text("rope_type", "default")) != "default":
-            rope.fail(f"rope_type '{kind}' is not implemented; 'default' is")
+            rope.fail(f"rope_type {ascii(kind[:40])} is not implemented; 'default' is")
         return rope.number("rope_theta", 1.0, 1e12, default)
     if source.has("rope_scaling"):
         source.fail("field 'rope_scaling' is not implemented; remove it if it is a no-op")

@@ -37,7 +37,6 @@ FORMAT_NAME = "moec-pack"
 MANIFEST_NAME = "manifest.json"
 COMMON_FILE = "variants/common.safetensors"
 MAX_VARIANTS = 1024
-MAX_LAYERS = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PATH_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a name and what is added to it
@@ -246,7 +245,7 @@ def _parse(source: Fields) -> Manifest:
 
 def _check_version(source: Fields) -> None:
     version = source.text("format_version")
-    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", version)
+    match = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", version)
     if not match:
         source.fail(f"format_version {ascii(version[:20])} is not MAJOR.MINOR")
     major, minor = int(match[1]), int(match[2])
@@ -318,7 +317,7 @@ def _check_variants(source: Fields, variants: Iterable[Variant], num_slots: list
     for layer, count in enumerate(num_slots):
         used = {slot for variant in variants for slot in variant.expert_map[layer]}
         if len(used) != count:
-            slot = min(set(range(count)) - used)
+            slot = next(slot for slot in range(count) if slot not in used)
             source.fail(f"slot {slot} of layer {layer} is used by no variant")
 
 

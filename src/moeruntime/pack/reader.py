@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -81,9 +82,27 @@ class Pack:
         return self.root / file
 
     def variant_path(self, name: str, file: str) -> Path | None:
-        """A file of a variant's folder (tokenizer.json, config.json, ...), None if not packed."""
+        """A file of a variant's folder (tokenizer.json, config.json, ...), None if not packed.
+
+        These files are small and decide what the model reads and when it stops, so each is held
+        against its digest before it is handed out.
+
+        Raises:
+            IntegrityError: it is not what the manifest says.
+        """
         inside = f"{variant_folder(name)}/{file}"
-        return self.path(inside) if inside in self.manifest.files else None
+        if inside not in self.manifest.files:
+            return None
+        self.check_digest(inside)
+        return self.path(inside)
+
+    def check_digest(self, file: str) -> None:
+        """Read a whole file and raise IntegrityError unless the manifest has its digest."""
+        digest, expected = _sha256(self.path(file)), self.manifest.files[file].sha256
+        if digest != expected:
+            raise IntegrityError(
+                f"{self.path(file)}: sha256 {digest[:16]}..., the manifest says {expected[:16]}..."
+            )
 
     def layer(self, layer: int) -> TensorFile:
         """One layer's experts: `gate_up` [slots, 2I, H] (gate rows first), `down` [slots, H, I]."""
@@ -173,6 +192,14 @@ class Pack:
                 raise IntegrityError(
                     f"{file.path}: {name}: dtype {dtype_name(entry.dtype)} is not allowed here"
                 )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as problem:
+        raise IntegrityError(f"{path}: cannot be read: {problem.strerror}") from None
 
 
 def _tensor_bytes(file: TensorFile) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,6 @@ from moeruntime.pack.manifest import MANIFEST_NAME, Manifest
 from moeruntime.pack.reader import Pack
 
 __all__ = ["verify_pack"]
-
-CHUNK_BYTES = 8 * 1024 * 1024
 
 
 def verify_pack(root: Path | str, *, on_file: Callable[[str, int], None] | None = None) -> Manifest:
@@ -32,12 +29,7 @@ def verify_pack(root: Path | str, *, on_file: Callable[[str, int], None] | None 
     with Pack(root) as pack:
         _check_no_extra(pack.root, pack.manifest)
         for path, expected in sorted(pack.manifest.files.items()):
-            digest = _sha256(pack.path(path))
-            if digest != expected.sha256:
-                raise IntegrityError(
-                    f"{pack.path(path)}: sha256 {digest[:16]}..., "
-                    f"the manifest says {expected.sha256[:16]}..."
-                )
+            pack.check_digest(path)
             if on_file:
                 on_file(path, expected.num_bytes)
         return pack.manifest
@@ -55,11 +47,3 @@ def _check_no_extra(root: Path, manifest: Manifest) -> None:
             relative = (Path(folder) / name).relative_to(root).as_posix()
             if relative not in known:
                 raise IntegrityError(f"{root / relative}: a file the manifest does not know")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
