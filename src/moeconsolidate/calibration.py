@@ -163,7 +163,8 @@ class _Layer:
         )
 
         def heads(role: str) -> Tensor:
-            return F.linear(x_WTH, self._roles[role]).unflatten(-1, (-1, config.head_dim))
+            flat = F.linear(x_WTH, self._roles[role])
+            return flat.view(*flat.shape[:2], -1, config.head_dim)
 
         query, key = apply_rotary(heads("q_proj"), *rotary), apply_rotary(heads("k_proj"), *rotary)
         window = config.sliding_window

@@ -71,7 +71,7 @@ class Statistics:
     num_routed_LE: Tensor
 
     def importance(self, layer: int, part: str) -> Importance:
-        """The cost factors of one matrix of all experts of a layer, as N = E slots of one member."""
+        """The cost factors of one matrix of a layer's experts, as N = E slots of one member."""
         sums = self.layers[layer][part]
         inputs_ECC = sums.inputs_ECC / self.num_tokens
         inputs_ECC = inputs_ECC + FLOOR * inputs_ECC.mean(dim=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_BITS", "pack_planes", "plane_shapes", "unpack_planes"]
+__all__ = ["MAX_BITS", "pack_planes", "plane_bytes", "plane_shapes", "unpack_planes"]
 
 WORD_BITS = 16
 MAX_BITS = 7
@@ -23,6 +23,13 @@ def plane_shapes(num_rows: int, num_columns: int, bits: int) -> dict[int, tuple[
     return {
         width: (num_rows, -(-num_columns * width // WORD_BITS)) for width in _WIDTHS if bits & width
     }
+
+
+def plane_bytes(num_rows: int, num_columns: int, bits: int) -> int:
+    """Bytes of all planes of a matrix of codes."""
+    return sum(
+        2 * rows * words for rows, words in plane_shapes(num_rows, num_columns, bits).values()
+    )
 
 
 def pack_planes(codes_RC: Tensor, bits: int) -> dict[int, Tensor]:
