@@ -18,10 +18,11 @@ import torch
 from _common import EXAMPLES, cpu_name, print_json
 from transformers import AutoModelForCausalLM
 
-from moeconsolidate.evaluation import evaluate_pack, read_texts
+from moeconsolidate.evaluation import evaluate_pack
 from moeconsolidate.export import export_variant
 from moeconsolidate.pipeline import consolidate
 from moeconsolidate.report import summarise
+from moeconsolidate.texts import read_texts
 from moeruntime import Engine
 from moeruntime.pack import Pack
 

@@ -35,13 +35,22 @@ def lossless_pack(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPat
     return _consolidate(checkpoints, tmp_path_factory, 1.0)
 
 
+@pytest.fixture(scope="session")
+def merged_pack(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled checkpoints at threshold 0.9, averaged; copy it before you change it."""
+    return _consolidate(checkpoints, tmp_path_factory, 0.9, "plain")
+
+
 def _consolidate(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, threshold: float
+    checkpoints: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    threshold: float,
+    code: str | None = None,
 ) -> Path:
     from moeconsolidate import consolidate
 
     out = tmp_path_factory.mktemp("packs") / "pack"
-    return consolidate(checkpoints, out, threshold=threshold).pack
+    return consolidate(checkpoints, out, threshold=threshold, code=code).pack
 
 
 @pytest.fixture

@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from moeruntime import __version__
 from moeruntime.cli import Artifact, Device, Dtype, Resident, register
-from moeruntime.errors import MoecError, ResourceError, UsageError
+from moeruntime.errors import InputError, MoecError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from moeconsolidate.plan import ConsolidationPlan
 
 __all__ = ["app", "main"]
 
@@ -39,6 +42,52 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[NAME=]MODEL",
+        help="A checkpoint folder in Hugging Face layout; at least two. The variant is called "
+        "NAME, or else as its folder is.",
+    ),
+]
+Threshold = Annotated[
+    float,
+    typer.Option(
+        help="Cosine similarity, 0 to 1, from which experts share a slot. At 1.0 only "
+        "bit-identical experts do, and nothing is lost."
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What experts may take: a part of separate models' experts, such as 0.25x, or bytes, "
+        "such as 60GB. Private bits are then chosen expert by expert, to lose least.",
+    ),
+]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Instead of a budget: the predicted loss of the worst variant, nats per token.",
+    ),
+]
+CalibrationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FILE",
+        help='Text of a variant, JSONL with one {"text": ...} a line, that tells what matters; '
+        "may be given several times for one. Without any, a budget uses text that the variants "
+        "write themselves.",
+    ),
+]
+Code = Annotated[
+    str | None,
+    typer.Option(
+        help="nested: shared bits and a few private ones for each variant. plain: one merged "
+        "expert as it is. Default: plain at threshold 1.0, nested below."
+    ),
+]
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="A pack's folder.")]
 
 
@@ -76,25 +125,24 @@ def moec(
 
 @app.command()
 def consolidate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[NAME=]MODEL",
-            help="A checkpoint folder in Hugging Face layout; at least two. The variant is called "
-            "NAME, or else as its folder is.",
-        ),
-    ],
+    models: Models,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="PACK", help="The folder to make; must not exist."),
     ],
-    threshold: Annotated[
-        float,
+    threshold: Threshold = 0.9,
+    budget: Budget = None,
+    max_loss: MaxLoss = None,
+    calibration: CalibrationTexts = None,
+    code: Code = None,
+    plan: Annotated[
+        Path | None,
         typer.Option(
-            help="Cosine similarity, 0 to 1, from which experts share a slot. At 1.0 only "
-            "bit-identical experts do, and nothing is lost."
+            metavar="FILE",
+            help="Execute a plan that `moec plan` wrote; it holds the choices of all other options "
+            "but --calibration.",
         ),
-    ] = 0.9,
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -114,14 +162,76 @@ def consolidate(
     from moeconsolidate.report import summarise
     from moeruntime.pack import Pack
 
+    if plan is not None and (budget is not None or max_loss is not None or code is not None):
+        raise UsageError("--plan has the budget, the loss and the code in it; leave those out")
     with progress(quiet=quiet) as on_progress:
-        result = compile_pack(models, out, threshold=threshold, on_progress=on_progress)
+        result = compile_pack(
+            models,
+            out,
+            threshold=threshold,
+            code=code,
+            budget=budget,
+            max_loss=max_loss,
+            calibration=_texts(calibration),
+            plan=None if plan is None else _read_plan(plan),
+            on_progress=on_progress,
+        )
     with Pack(result.pack) as pack:
         summary = summarise(pack)
     if as_json:
         _print_json({"pack": str(result.pack), **summary.to_json()})
     else:
         print_summary(summary)
+
+
+@app.command(name="plan")
+def make_plan(
+    models: Models,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write the plan there, as JSON."),
+    ] = None,
+    threshold: Threshold = 0.9,
+    budget: Budget = None,
+    max_loss: MaxLoss = None,
+    calibration: CalibrationTexts = None,
+    code: Code = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decide what `consolidate` would do, and write no pack.
+
+    Shows which experts would share slots, how many bits each would get, the bytes that takes and
+    the loss that is predicted. `moec consolidate --plan FILE` executes exactly that.
+
+    \b
+    Example:
+      moec plan base=mini-base math=mini-math --budget 0.4x --out plan.json
+      moec consolidate base=mini-base math=mini-math --plan plan.json --out pack
+    """
+    from moeconsolidate.console import print_plan, progress
+    from moeconsolidate.pipeline import make_plan as decide
+    from moeconsolidate.publish import write_file
+    from moeruntime.strict_json import canonical_json
+
+    if out is not None and os.path.lexists(out):
+        raise UsageError(f"{out}: exists already; remove it or choose another name")
+    with progress(quiet=quiet) as on_progress:
+        plan = decide(
+            models,
+            threshold=threshold,
+            code=code,
+            budget=budget,
+            max_loss=max_loss,
+            calibration=_texts(calibration),
+            on_progress=on_progress,
+        )
+    if out is not None:
+        write_file(out, canonical_json(plan.to_json()))
+    if as_json:
+        _print_json(plan.to_json())
+    else:
+        print_plan(plan)
 
 
 @app.command()
@@ -364,6 +474,20 @@ def _pairs(option: str, values: Sequence[str]) -> list[tuple[str, Path]]:
             raise UsageError(f"{option} '{value}' is not NAME=PATH")
         pairs.append((name, Path(path)))
     return pairs
+
+
+def _texts(values: Sequence[str] | None) -> dict[str, list[Path]]:
+    texts: dict[str, list[Path]] = {}
+    for name, path in _pairs("--calibration", values or []):
+        texts.setdefault(name, []).append(path)
+    return texts
+
+
+def _read_plan(path: Path) -> ConsolidationPlan:
+    from moeconsolidate.plan import ConsolidationPlan
+    from moeruntime.strict_json import read_json
+
+    return ConsolidationPlan.from_json(read_json(path, InputError))
 
 
 def _print_json(value: object) -> None:

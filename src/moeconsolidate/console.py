@@ -12,6 +12,7 @@ from moeconsolidate.report import LayerSummary, PackSummary
 
 if TYPE_CHECKING:
     from moeconsolidate.evaluation import EvaluationRow
+    from moeconsolidate.plan import ConsolidationPlan
 
 __all__ = ["print_scores", "print_sharing", "print_summary", "progress"]
 
@@ -86,6 +87,29 @@ def print_sharing(summary: PackSummary) -> None:
             str(layer.layer), str(layer.num_slots), str(layer.num_experts), _sharing(layer)
         )
     _print(table)
+
+
+def print_plan(plan: ConsolidationPlan) -> None:
+    """Print each layer's slots and private bits, and what that is expected to cost."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("layer", "slots", "experts", "private bits of gate_up", "of down"):
+        table.add_column(column, justify="right")
+    for layer in plan.layers:
+        bits: tuple[list[int], list[int]] = ([], [])
+        for codes in (codes for members in layer.codes for codes in members):
+            for idx, code in enumerate(codes):
+                bits[idx].append(code.bits)
+        means = [f"{sum(one) / len(one):.2f}" if one else "" for one in bits]
+        num_experts = sum(len(members) for members in layer.slots)
+        table.add_row(str(layer.layer), str(len(layer.slots)), str(num_experts), *means)
+    _print(table)
+    if plan.prediction is not None:
+        print(f"experts: {_bytes(plan.prediction.expert_bytes)}")
+        for name, loss in plan.prediction.losses.items():
+            print(f"predicted loss of {name}: {loss:+.4f} nats per token")
 
 
 def print_scores(rows: Sequence[EvaluationRow]) -> None:

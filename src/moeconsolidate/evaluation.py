@@ -12,24 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from moeconsolidate.checkpoint import Checkpoint
+from moeconsolidate.original import CheckpointSource
 from moeconsolidate.plan import OnProgress, Progress
+from moeconsolidate.texts import read_texts
 from moeruntime.engine import Engine, EngineOptions
 from moeruntime.errors import InputError
-from moeruntime.pack import Manifest, TensorRef, Variant
-from moeruntime.pack.manifest import variant_file
-from moeruntime.strict_json import read_json_lines
-from moeruntime.tensorfile import dtype_name
 
 __all__ = [
-    "CheckpointSource",
     "EvaluationRow",
     "Score",
     "evaluate_pack",
-    "read_texts",
     "score_texts",
 ]
 
@@ -143,18 +136,6 @@ def evaluate_pack(
     ]
 
 
-def read_texts(path: Path) -> list[str]:
-    """Read a JSONL file of {"text": ...} objects; other keys are ignored.
-
-    Raises:
-        InputError: missing, malformed, or without a text; names the line.
-    """
-    texts = [fields.text("text") for fields in read_json_lines(path, InputError)]
-    if not texts:
-        raise InputError(f"{path}: holds no text")
-    return texts
-
-
 def score_texts(
     engine: Engine,
     variant: str,
@@ -195,66 +176,3 @@ def _windows(engine: Engine, variant: str, texts: Sequence[str], context: int) -
     if len(windows) > 1 and len(windows[-1]) < context:
         windows.pop()
     return windows
-
-
-class CheckpointSource:
-    """One checkpoint dressed as a pack of one variant, so that the engine can run the original."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Take over an open checkpoint; `close` closes it."""
-        self._checkpoint = checkpoint
-        config, name = checkpoint.config, checkpoint.name
-        self._expert_P = torch.empty(config.expert_numel, dtype=checkpoint.expert_dtype)
-        self._in_memory: tuple[int, int] | None = None
-        identity = tuple(range(config.num_experts))
-        self.manifest = Manifest(
-            family=checkpoint.family.model_type,
-            config=config,
-            expert_dtype=dtype_name(checkpoint.expert_dtype),
-            num_slots=(config.num_experts,) * config.num_layers,
-            variants=(
-                Variant(
-                    name=name,
-                    content_sha256="",
-                    expert_map=(identity,) * config.num_layers,
-                    tensors={
-                        role: TensorRef(variant_file(name), role)
-                        for role in config.non_expert_shapes()
-                    },
-                ),
-            ),
-            files={},
-            recipe={},
-            provenance={},
-        )
-
-    @property
-    def root(self) -> Path:
-        """The checkpoint's folder."""
-        return self._checkpoint.folder
-
-    def variant(self, name: str) -> Variant:
-        """The only variant."""
-        assert name == self._checkpoint.name
-        return self.manifest.variants[0]
-
-    def variant_path(self, name: str, file: str) -> Path | None:
-        """A side file of the checkpoint."""
-        return self.root / file if file in self._checkpoint.side_files else None
-
-    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
-        """Read one part of one expert; parts of the same expert are read from disk once."""
-        if self._in_memory != (layer, slot):
-            self._checkpoint.read_expert(layer, slot, out=self._expert_P)
-            self._in_memory = (layer, slot)
-        num_weights = out.numel()
-        flat = self._expert_P[:num_weights] if part == "gate_up" else self._expert_P[-num_weights:]
-        out.copy_(flat.view(out.shape))
-
-    def read_non_expert(self, variant: str, role: str) -> Tensor:
-        """Read one non-expert tensor."""
-        return self._checkpoint.read_non_expert(role)
-
-    def close(self) -> None:
-        """Close the checkpoint's files."""
-        self._checkpoint.close()

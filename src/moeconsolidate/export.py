@@ -99,28 +99,28 @@ def export_variant(
 
 def _outputs(pack: Pack, name: str) -> Iterator[_Output]:
     """Every tensor of the variant, in the order a forward pass meets them."""
-    manifest, config, variant = pack.manifest, pack.manifest.config, pack.variant(name)
+    manifest, config = pack.manifest, pack.manifest.config
     family, dtype = manifest.family_spec, DTYPES[manifest.expert_dtype]
 
     @lru_cache(maxsize=1)  # gate_proj and up_proj are two halves of one read
-    def gate_up(layer: int, slot: int) -> Tensor:
-        return pack.layer(layer).read_rows("gate_up", slot, slot + 1)[0]
+    def gate_up(layer: int, number: int) -> Tensor:
+        return pack.read_expert(name, layer, number, "gate_up")
 
-    def expert(layer: int, slot: int, role: str) -> Tensor:
+    def expert(layer: int, number: int, role: str) -> Tensor:
         if role == "down_proj":
-            return pack.layer(layer).read_rows("down", slot, slot + 1)[0]
-        gate_proj, up_proj = gate_up(layer, slot).chunk(2)
+            return pack.read_expert(name, layer, number, "down")
+        gate_proj, up_proj = gate_up(layer, number).chunk(2)
         return gate_proj if role == "gate_proj" else up_proj
 
     def layer_experts(layer: int) -> Iterator[_Output]:
-        for number, slot in enumerate(variant.expert_map[layer]):
+        for number in range(config.num_experts):
             for role, shape in config.expert_shapes.items():
                 yield _Output(
                     expert_role(layer, number, role),
                     family.expert_name(layer, number, role),
                     dtype,
                     shape,
-                    partial(expert, layer, slot, role),
+                    partial(expert, layer, number, role),
                 )
 
     for role, shape in config.non_expert_shapes().items():

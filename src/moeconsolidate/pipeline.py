@@ -1,17 +1,17 @@
 """consolidate(): from checkpoint folders to a pack. The whole story; the stages are next door.
 
-    sources -> checkpoints -> layer by layer: read, compare, cluster, merge, write -> all the rest
+    sources -> checkpoints -> plan: compare, cluster, calibrate, allocate bits
+            -> one layer at a time: read, merge or code, write -> the rest -> manifest
 
-One buffer holds a layer of all variants and is reused for every layer. It is the most that is ever
-in memory, besides one merged expert or one other tensor.
+The plan comes first only where a budget has to be divided over all layers. Otherwise each layer is
+planned when it is read, and every expert is read once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -19,18 +19,24 @@ import torch
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.clustering import cluster_labels, identity_labels
+from moeconsolidate.coding import code_layer, nested_format
 from moeconsolidate.compatibility import check_compatible
+from moeconsolidate.layers import LayerReader
 from moeconsolidate.merging import MERGE_RULES, MergeRule
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Progress, Recipe
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Progress
+from moeconsolidate.planning import (
+    calibrate,
+    check_plan,
+    plan_layers,
+    resolve_recipe,
+    with_default_codes,
+)
 from moeconsolidate.publish import check_target, require_disk
-from moeconsolidate.similarity import check_rows, cosine_similarity
 from moeconsolidate.sources import Models, parse_sources
 from moeconsolidate.writer import PackWriter
-from moeruntime.errors import ResourceError
 from moeruntime.pack import Manifest
 
-__all__ = ["ConsolidationResult", "consolidate"]
+__all__ = ["ConsolidationResult", "consolidate", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,11 @@ def consolidate(
     out: str | PathLike[str],
     *,
     threshold: float = 0.9,
+    code: str | None = None,
+    budget: str | None = None,
+    max_loss: float | None = None,
+    calibration: Mapping[str, Sequence[Path]] | None = None,
+    plan: ConsolidationPlan | None = None,
     on_progress: OnProgress | None = None,
 ) -> ConsolidationResult:
     """Compile checkpoints of one architecture into a pack.
@@ -56,113 +67,147 @@ def consolidate(
         out: where the pack is to appear; nothing may be there yet.
         threshold: cosine similarity, in [0, 1], from which experts share a slot; 1.0 shares
             bit-identical experts only.
-        on_progress: called after each layer and each variant.
+        code: "nested" or "plain"; None is plain at threshold 1.0, which loses nothing, and nested
+            below.
+        budget: bytes that experts may take, such as "60GB", or "0.25x" of separate models'.
+        max_loss: instead of a budget, the predicted loss of the worst variant, nats per token.
+        calibration: variant -> JSONL files of its text. Where bits are chosen and none are given,
+            the variants' own sampled text takes their place.
+        plan: executed as it is, instead of all of the above but `calibration`.
+        on_progress: called after each step.
 
     Raises:
         UsageError: the arguments make no sense, or `out` exists.
         CheckpointError, TokenizerError: a model is bad, or does not fit the others.
         ResourceError: memory or disk do not suffice.
     """
-    recipe, target = Recipe(threshold=threshold), Path(out)
+    target, texts = Path(out), calibration or {}
     report = on_progress or (lambda progress: None)
+    with _opened(models, target) as checkpoints:
+        config, dtype = checkpoints[0].config, checkpoints[0].expert_dtype
+        if plan is None:
+            recipe = resolve_recipe(
+                checkpoints,
+                threshold=threshold,
+                code=code,
+                budget=budget,
+                max_loss=max_loss,
+                texts=texts,
+            )
+        else:
+            check_plan(plan, checkpoints)
+            recipe = plan.recipe
+        learned = calibrate(checkpoints, recipe, texts, report)
+        recipe = replace(recipe, texts=learned.texts)
+        if plan is None and recipe.allocated:
+            plan = plan_layers(checkpoints, recipe, learned, report)
+        reader = LayerReader(checkpoints, recipe)
+        nested = nested_format(config) if recipe.code == "nested" else None
+        names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
+        with PackWriter.create(target, names, family, config, dtype) as writer:
+            layers: list[LayerPlan] = []
+            for layer in range(config.num_layers):
+                shared = reader.read(layer)
+                if nested is None:
+                    layers.append(plan.layers[layer] if plan else shared)
+                    merged = _merger(
+                        MERGE_RULES[recipe.merge], layers[-1], reader.experts_EP, config.num_experts
+                    )
+                    writer.write_layer(layers[-1], merged)
+                else:
+                    layers.append(plan.layers[layer] if plan else with_default_codes(shared))
+                    coded = code_layer(
+                        layers[-1],
+                        reader.experts_EP,
+                        config,
+                        nested,
+                        learned.statistics,
+                        num_variants=len(names),
+                    )
+                    writer.write_coded_layer(layers[-1], *coded)
+                report(Progress("experts", layer + 1, config.num_layers))
+            _write_rest(checkpoints, writer, report)
+            prediction = plan.prediction if plan else None
+            done = ConsolidationPlan(recipe, tuple(layers), prediction)
+            manifest = writer.finish(
+                done,
+                [checkpoint.content_sha256() for checkpoint in checkpoints],
+                separate_bytes=sum(checkpoint.num_bytes for checkpoint in checkpoints),
+                nested=nested,
+            )
+    return ConsolidationResult(target, done, manifest)
+
+
+def make_plan(
+    models: Models,
+    *,
+    threshold: float = 0.9,
+    code: str | None = None,
+    budget: str | None = None,
+    max_loss: float | None = None,
+    calibration: Mapping[str, Sequence[Path]] | None = None,
+    on_progress: OnProgress | None = None,
+) -> ConsolidationPlan:
+    """Decide everything that `consolidate` would, and write nothing; arguments are its.
+
+    `consolidate(..., plan=...)` executes the result.
+    """
+    texts = calibration or {}
+    report = on_progress or (lambda progress: None)
+    with _opened(models, None) as checkpoints:
+        recipe = resolve_recipe(
+            checkpoints,
+            threshold=threshold,
+            code=code,
+            budget=budget,
+            max_loss=max_loss,
+            texts=texts,
+        )
+        learned = calibrate(checkpoints, recipe, texts, report)
+        recipe = replace(recipe, texts=learned.texts)
+        return plan_layers(checkpoints, recipe, learned, report)
+
+
+@contextmanager
+def _opened(models: Models, target: Path | None) -> Iterator[list[Checkpoint]]:
+    """The checkpoints, open and compatible; and a target, if there is one, that can be made."""
     sources = parse_sources(models)
-    check_target(target, inputs=[source.folder for source in sources])
+    if target is not None:
+        check_target(target, inputs=[source.folder for source in sources])
     with ExitStack() as stack:
         checkpoints = [
             stack.enter_context(Checkpoint(source.name, source.folder)) for source in sources
         ]
         check_compatible(checkpoints)
-        first = checkpoints[0]
-        require_disk(target.parent, first.num_bytes)  # what a pack hardly ever falls below
-        experts_EP = _layer_buffer(checkpoints)
-        merged_P = torch.empty_like(experts_EP[0])
-        names = [checkpoint.name for checkpoint in checkpoints]
-        writer = stack.enter_context(
-            PackWriter.create(
-                target, names, first.family.model_type, first.config, first.expert_dtype
-            )
-        )
-        plans: list[LayerPlan] = []
-        for layer in range(first.config.num_layers):
-            keys = _read_layer(checkpoints, layer, experts_EP)
-            labels = _share(checkpoints, layer, experts_EP, keys, recipe)
-            merged = _merger(MERGE_RULES[recipe.merge], experts_EP, labels, merged_P)
-            plans.append(LayerPlan.from_labels(layer, labels, first.config.num_experts))
-            writer.write_layer(plans[-1], merged)
-            _check_unchanged(checkpoints)
-            report(Progress("experts", layer + 1, first.config.num_layers))
-        digests = []
-        for idx, checkpoint in enumerate(checkpoints):
-            digests.append(checkpoint.non_expert_digests())
-            writer.write_side_files(idx, checkpoint.side_files)
-            report(Progress("other weights", idx + 1, len(checkpoints)))
-        writer.write_non_expert(digests, lambda idx, role: checkpoints[idx].read_non_expert(role))
-        _check_unchanged(checkpoints)
-        plan = ConsolidationPlan(recipe, tuple(plans))
-        content_sha256s = [checkpoint.content_sha256() for checkpoint in checkpoints]
-        separate_bytes = sum(checkpoint.num_bytes for checkpoint in checkpoints)
-        manifest = writer.finish(plan, content_sha256s, separate_bytes=separate_bytes)
-    return ConsolidationResult(target, plan, manifest)
+        if target is not None:
+            # What hardly any pack falls below; each layer's exact size is checked when it is due.
+            require_disk(target.parent, checkpoints[0].num_bytes // 4)
+        yield checkpoints
 
 
-def _layer_buffer(checkpoints: Sequence[Checkpoint]) -> Tensor:
-    """Memory for one layer's experts of all variants: a row an expert, variant by variant."""
-    first = checkpoints[0]
-    num_rows = len(checkpoints) * first.config.num_experts
-    try:
-        return torch.empty(num_rows, first.config.expert_numel, dtype=first.expert_dtype)
-    except RuntimeError:
-        raise ResourceError(
-            f"no memory for one layer of all variants: {num_rows} experts of "
-            f"{first.expert_num_bytes / 1e9:.3f} GB; consolidate fewer models at once"
-        ) from None
-
-
-def _read_layer(checkpoints: Sequence[Checkpoint], layer: int, experts_EP: Tensor) -> list[str]:
-    """Fill the buffer; returns for each row a key that is equal for bit-identical experts."""
-    num_experts = checkpoints[0].config.num_experts
-
-    def read(row: int) -> str:
-        idx, expert = divmod(row, num_experts)
-        return checkpoints[idx].read_expert(layer, expert, out=experts_EP[row])
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(read, range(len(experts_EP))))
-
-
-def _share(
-    checkpoints: Sequence[Checkpoint],
-    layer: int,
-    experts_EP: Tensor,
-    keys: Sequence[str],
-    recipe: Recipe,
-) -> list[int]:
-    """Label the rows: equal labels share a slot."""
-
-    def describe(row: int) -> str:
-        idx, expert = divmod(row, checkpoints[0].config.num_experts)
-        return f"{checkpoints[idx].folder}: {checkpoints[idx].name}, layer {layer}, expert {expert}"
-
-    if recipe.lossless:
-        check_rows(experts_EP, describe=describe)
-        return identity_labels(keys)
-    return cluster_labels(cosine_similarity(experts_EP, describe=describe), recipe.threshold)
+def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress) -> None:
+    """Write what is not experts: other weights, and the small files of each variant."""
+    digests = []
+    for idx, checkpoint in enumerate(checkpoints):
+        digests.append(checkpoint.non_expert_digests())
+        writer.write_side_files(idx, checkpoint.side_files)
+        report(Progress("other weights", idx + 1, len(checkpoints)))
+    writer.write_non_expert(digests, lambda idx, role: checkpoints[idx].read_non_expert(role))
+    for checkpoint in checkpoints:
+        checkpoint.check_unchanged()
 
 
 def _merger(
-    rule: MergeRule, experts_EP: Tensor, labels: Sequence[int], merged_P: Tensor
+    rule: MergeRule, plan: LayerPlan, experts_EP: Tensor, num_experts: int
 ) -> Callable[[int, slice], Tensor]:
     """Merge on demand, as the writer asks for runs of columns in the order of its file."""
-    members: list[list[Tensor]] = [[] for _ in range(max(labels) + 1)]
-    for row_P, label in zip(experts_EP, labels, strict=True):
-        members[label].append(row_P)
+    merged_P = torch.empty_like(experts_EP[0])
+    members = [
+        [experts_EP[ref.variant_idx * num_experts + ref.expert] for ref in slot]
+        for slot in plan.slots
+    ]
 
     def merged(slot: int, columns: slice) -> Tensor:
         return rule([row_P[columns] for row_P in members[slot]], out=merged_P[columns])
 
     return merged
-
-
-def _check_unchanged(checkpoints: Sequence[Checkpoint]) -> None:
-    for checkpoint in checkpoints:
-        checkpoint.check_unchanged()

@@ -8,13 +8,18 @@ A stage never imports another; it takes and returns these, and `pipeline` passes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TypeVar
 
+from moeruntime.codes import PrivateCode
 from moeruntime.errors import InputError, UsageError
+from moeruntime.pack.manifest import ExpertCodes
 from moeruntime.strict_json import Fields, parse_json
 
 __all__ = ["ConsolidationPlan", "ExpertRef", "LayerPlan", "OnProgress", "Progress", "Recipe"]
+
+T = TypeVar("T")
 
 LOSSLESS_THRESHOLD = 1.0
 _CHOICES = {
@@ -22,7 +27,11 @@ _CHOICES = {
     "signal": ("weights",),
     "linkage": ("average",),
     "merge": ("average",),
+    "code": ("nested", "plain"),
+    "calibration": ("none", "self", "text"),
 }
+DEFAULT_CODES = (PrivateCode(3, 2), PrivateCode(3, 2))
+"""Private codes of every expert where no budget decides: small losses without any data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,14 @@ class Recipe:
         similarity: how two experts are compared.
         signal: what is compared.
         linkage: how the similarity of two clusters follows from their members'.
-        merge: how the weights of a slot follow from its members'.
+        merge: how the weights of a slot follow from its members', where code is "plain".
+        code: "nested" stores a slot's shared bits and each member's private bits; "plain" stores
+            one merged expert as it is.
+        calibration: what says how much each weight matters: "text" that was given, text sampled
+            from each variant it"self", or "none".
+        budget_bytes: experts take at most this; None where no budget decides.
+        max_loss: predicted loss of the worst variant, nats per token; None where none decides.
+        texts: sha256 of each variant's calibration tokens, by name.
     """
 
     threshold: float
@@ -55,6 +71,11 @@ class Recipe:
     signal: str = "weights"
     linkage: str = "average"
     merge: str = "average"
+    code: str = "plain"
+    calibration: str = "none"
+    budget_bytes: int | None = None
+    max_loss: float | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -65,6 +86,16 @@ class Recipe:
         # Written so that NaN, which no comparison holds for, is refused as well.
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"threshold {self.threshold} is outside 0..1")
+        if self.budget_bytes is not None and self.budget_bytes < 1:
+            raise UsageError(f"budget of {self.budget_bytes} bytes; it must be at least 1")
+        if self.max_loss is not None and not 0.0 < self.max_loss <= 100.0:
+            raise UsageError(f"max loss {self.max_loss} is outside 0..100 nats per token")
+        if self.budget_bytes is not None and self.max_loss is not None:
+            raise UsageError("give a budget or a max loss, not both: one follows from the other")
+        if self.allocated and self.code != "nested":
+            raise UsageError("a budget or a max loss chooses bits, which only nested codes have")
+        if self.allocated and self.calibration == "none":
+            raise UsageError("a budget or a max loss needs calibration, with text or by itself")
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"{name} '{value}' is unknown; known: {', '.join(known)}")
@@ -72,18 +103,29 @@ class Recipe:
     @property
     def lossless(self) -> bool:
         """Whether every variant comes out of the pack as it went in."""
-        return self.threshold == LOSSLESS_THRESHOLD
+        return self.threshold == LOSSLESS_THRESHOLD and self.code == "plain"
+
+    @property
+    def allocated(self) -> bool:
+        """Whether bits are chosen expert by expert."""
+        return self.budget_bytes is not None or self.max_loss is not None
 
     def to_json(self) -> dict[str, object]:
         """Plain values, one key a field."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, source: Fields) -> Recipe:
         """Read what `to_json` wrote; unknown keys are errors."""
+        texts = source.child("texts")
         recipe = cls(
             threshold=source.number("threshold", 0.0, 1.0),
             **{name: source.text(name) for name in _CHOICES},
+            budget_bytes=_optional(
+                source, "budget_bytes", lambda: source.integer("budget_bytes", 1, 2**62)
+            ),
+            max_loss=_optional(source, "max_loss", lambda: source.number("max_loss", 0.0, 100.0)),
+            texts={name: texts.text(name) for name in texts.keys()},
         )
         source.done()
         return recipe
@@ -99,10 +141,31 @@ class ExpertRef:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Which logical experts of one layer each slot serves: every expert in exactly one slot."""
+    """Which logical experts of one layer each slot serves: every expert in exactly one slot.
+
+    Attributes:
+        layer: the layer's index.
+        slots: the members of each.
+        codes: the private codes of each slot's each member; empty where weights are stored plain.
+    """
 
     layer: int
     slots: tuple[tuple[ExpertRef, ...], ...]
+    codes: tuple[tuple[ExpertCodes, ...], ...] = ()
+
+    def with_codes(self, codes: Sequence[Sequence[ExpertCodes]]) -> LayerPlan:
+        """The same slots, with these private codes."""
+        return replace(self, codes=tuple(tuple(slot) for slot in codes))
+
+    def private_codes(self, variant_idx: int) -> tuple[ExpertCodes, ...]:
+        """Logical expert -> its private codes, for one variant."""
+        code_of = {
+            member.expert: code
+            for members, codes in zip(self.slots, self.codes, strict=True)
+            for member, code in zip(members, codes, strict=True)
+            if member.variant_idx == variant_idx
+        }
+        return tuple(code_of[expert] for expert in range(len(code_of)))
 
     @classmethod
     def from_labels(cls, layer: int, labels: Sequence[int], num_experts: int) -> LayerPlan:
@@ -130,11 +193,25 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What an allocation of bits expects.
+
+    Attributes:
+        expert_bytes: of all experts, codes and scales.
+        losses: predicted loss increase of each variant, nats per token.
+    """
+
+    expert_bytes: int
+    losses: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class ConsolidationPlan:
     """The whole decision: a recipe and what it led to in each layer."""
 
     recipe: Recipe
     layers: tuple[LayerPlan, ...]
+    prediction: Prediction | None = None
 
     @property
     def num_slots(self) -> tuple[int, ...]:
@@ -145,8 +222,18 @@ class ConsolidationPlan:
         """Plain values: slots are lists of [variant_idx, expert]."""
         return {
             "recipe": self.recipe.to_json(),
+            "prediction": None if self.prediction is None else asdict(self.prediction),
             "layers": [
-                [[[ref.variant_idx, ref.expert] for ref in members] for members in layer.slots]
+                {
+                    "slots": [
+                        [[ref.variant_idx, ref.expert] for ref in members]
+                        for members in layer.slots
+                    ],
+                    "codes": [
+                        [[[code.bits, code.step] for code in codes] for codes in members]
+                        for members in layer.codes
+                    ],
+                }
                 for layer in self.layers
             ],
         }
@@ -161,11 +248,21 @@ class ConsolidationPlan:
         """
         recipe = Recipe.from_json(source.child("recipe"))
         layers = tuple(
-            _layer_from_json(source, layer, slots)
-            for layer, slots in enumerate(source.sequence("layers"))
+            _layer_from_json(source, layer, fields)
+            for layer, fields in enumerate(source.children("layers"))
         )
+        prediction = None
+        if source.has("prediction"):
+            predicted = source.child("prediction")
+            losses = predicted.child("losses")
+            prediction = Prediction(
+                predicted.integer("expert_bytes", 0, 2**62),
+                {name: losses.number(name, 0.0, 1e9) for name in losses.keys()},
+            )
+            predicted.done()
+        source.raw("prediction", None)
         source.done()
-        return cls(recipe, layers)
+        return cls(recipe, layers, prediction)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> ConsolidationPlan:
@@ -173,8 +270,40 @@ class ConsolidationPlan:
         return cls.from_json(Fields(parse_json(data, where, InputError), where, InputError))
 
 
-def _layer_from_json(source: Fields, layer: int, slots: object) -> LayerPlan:
+def _optional(source: Fields, key: str, read: Callable[[], T]) -> T | None:
+    return read() if source.has(key) else source.raw(key)
+
+
+def _codes_from_json(
+    fields: Fields, slots: Sequence[Sequence[ExpertRef]]
+) -> tuple[tuple[ExpertCodes, ...], ...]:
+    """Read the private codes of a layer: none, or a pair for each member."""
+    rows = fields.sequence("codes")
+    if not rows:
+        return ()
+    flat = [pair for row in rows if isinstance(row, list) for pair in row]
+    if [len(row) if isinstance(row, list) else -1 for row in rows] != [len(s) for s in slots]:
+        fields.fail("field 'codes' must have an entry for every member of every slot")
+    codes = []
+    for pair in flat:
+        values = [
+            PrivateCode(*numbers)
+            for one in Fields({"codes": pair}, fields.where, InputError).sequence("codes")
+            if len(
+                numbers := Fields({"code": one}, fields.where, InputError).integers("code", 0, 127)
+            )
+            == 2
+        ]
+        if len(values) != 2 or not all(code.valid() for code in values):
+            fields.fail("a code must be two pairs [bits, step], for gate_up and down")
+        codes.append((values[0], values[1]))
+    taken = iter(codes)
+    return tuple(tuple(next(taken) for _ in slot) for slot in slots)
+
+
+def _layer_from_json(source: Fields, layer: int, entry: Fields) -> LayerPlan:
     """Read one layer and hold it against the rule that each expert is in one slot."""
+    slots = entry.raw("slots")
     if not isinstance(slots, list) or not slots:
         source.fail(f"layers[{layer}] must be a list of slots")
     members: list[tuple[ExpertRef, ...]] = []
@@ -194,4 +323,6 @@ def _layer_from_json(source: Fields, layer: int, slots: object) -> LayerPlan:
     grid = [ExpertRef(v, e) for v in range(refs[-1].variant_idx + 1) for e in range(num_experts)]
     if len(refs) != len(grid) or refs != grid:
         source.fail(f"layers[{layer}] does not put every expert into exactly one slot")
-    return LayerPlan(layer, tuple(members))
+    codes = _codes_from_json(entry, members)
+    entry.done()
+    return LayerPlan(layer, tuple(members), codes)

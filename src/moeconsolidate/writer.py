@@ -19,6 +19,7 @@ from moeconsolidate.model_card import model_card
 from moeconsolidate.plan import ConsolidationPlan, LayerPlan
 from moeconsolidate.publish import require_disk, staged_folder, write_file
 from moeruntime import __version__
+from moeruntime.codes import NestedCode
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import (
     COMMON_FILE,
@@ -28,6 +29,7 @@ from moeruntime.pack.manifest import (
     TensorRef,
     Variant,
     layer_file,
+    private_file,
     variant_file,
     variant_folder,
 )
@@ -108,6 +110,31 @@ class PackWriter:
                 start = columns.stop
             self._add(path, file.finish())
 
+    def write_coded_layer(
+        self, plan: LayerPlan, shared: Mapping[str, Tensor], private: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Write one layer's nested codes.
+
+        Args:
+            plan: the layer.
+            shared: tensors of the layer's file: planes and scales of all slots.
+            private: for each variant, tensors of its private file; none where it has no bits.
+        """
+        files = {layer_file(plan.layer): shared}
+        files |= {
+            private_file(name, plan.layer): tensors
+            for name, tensors in zip(self._names, private, strict=True)
+            if tensors
+        }
+        self._reserve(sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+        for path, tensors in files.items():
+            (self._folder / path).parent.mkdir(parents=True, exist_ok=True)
+            declared = [(name, one.dtype, tuple(one.shape)) for name, one in tensors.items()]
+            with TensorFileWriter(self._folder / path, declared) as file:
+                for name, tensor in tensors.items():
+                    file.append(name, tensor)
+                self._add(path, file.finish())
+
     def write_non_expert(
         self,
         digests: Sequence[Mapping[str, TensorDigest]],
@@ -144,7 +171,12 @@ class PackWriter:
             self._write_small(f"{variant_folder(self._names[variant_idx])}/{name}", contents)
 
     def finish(
-        self, plan: ConsolidationPlan, content_sha256s: Iterable[str], *, separate_bytes: int
+        self,
+        plan: ConsolidationPlan,
+        content_sha256s: Iterable[str],
+        *,
+        separate_bytes: int,
+        nested: Mapping[str, NestedCode] | None = None,
     ) -> Manifest:
         """Write the model card and, last of all, the manifest.
 
@@ -152,6 +184,7 @@ class PackWriter:
             plan: what was written.
             content_sha256s: each variant's content digest.
             separate_bytes: tensor bytes of the variants as separate models.
+            nested: how shared codes are stored, where they are.
         """
         card = model_card(
             self._names,
@@ -173,6 +206,9 @@ class PackWriter:
                     content_sha256=content_sha256,
                     expert_map=tuple(layer.expert_map(idx) for layer in plan.layers),
                     tensors=self._tensors[idx],
+                    private_codes=tuple(
+                        layer.private_codes(idx) for layer in plan.layers if layer.codes
+                    ),
                 )
                 for idx, (name, content_sha256) in enumerate(
                     zip(self._names, content_sha256s, strict=True)
@@ -181,6 +217,7 @@ class PackWriter:
             files=self._files,
             recipe=plan.recipe.to_json(),
             provenance={"moec": __version__},
+            nested=nested,
         )
         write_file(self._folder / MANIFEST_NAME, manifest.to_bytes())
         return manifest

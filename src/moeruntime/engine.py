@@ -24,6 +24,7 @@ from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models import Batch, Decoder
 from moeruntime.models.batch import Span, token_groups
+from moeruntime.models.experts import DecodedCache
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.prompts import Prompts
 from moeruntime.request import Delta, FinishReason, Output, Request
@@ -126,17 +127,20 @@ class Engine:
             self.device,
             on_variant=lambda name: say(f"variant {name}"),
         )
+        decoded = DecodedCache(self.memory.decoded_bytes)
         experts = []
         for layer in range(manifest.config.num_layers):
-            experts.append(load_experts(source, layer, self.dtype, self.device))
+            experts.append(load_experts(source, layer, self.dtype, self.device, decoded))
             say(f"experts of layer {layer + 1}/{manifest.config.num_layers}")
         self._blocks = BlockPool(self.memory.num_blocks)
         cache = KVCache(manifest.config, self.memory.num_blocks, self.dtype, self.device)
         self._variant_idx = {name: idx for idx, name in enumerate(manifest.variant_names)}
-        expert_map_VLE = torch.tensor([v.expert_map for v in manifest.variants], device=self.device)
-        self.model = Decoder(
-            manifest.config, self.residency.weights, experts, expert_map_VLE, cache
+        faces_of = [manifest.faces(layer)[1] for layer in range(manifest.config.num_layers)]
+        faces_VLE = torch.tensor(
+            [[faces[name] for faces in faces_of] for name in manifest.variant_names],
+            device=self.device,
         )
+        self.model = Decoder(manifest.config, self.residency.weights, experts, faces_VLE, cache)
         self.scheduler = Scheduler(
             self._blocks,
             self.residency,

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.errors import ResourceError, UsageError
-from moeruntime.models.decoder import ExpertLayer
-from moeruntime.pack import WeightSource
+from moeruntime.models.experts import (
+    DecodedCache,
+    DensePool,
+    ExpertPool,
+    NestedFace,
+    NestedPart,
+    NestedPool,
+)
+from moeruntime.pack import Pack, WeightSource
+from moeruntime.pack.manifest import EXPERT_PARTS
 from moeruntime.tensorfile import DTYPES
 
 __all__ = ["load_experts", "resolve_device", "resolve_dtype"]
@@ -41,9 +52,22 @@ def resolve_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
 
 
 def load_experts(
+    source: WeightSource,
+    layer: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache: DecodedCache,
+) -> ExpertPool:
+    """Bring one layer's experts to the device, as they are stored."""
+    if isinstance(source, Pack) and source.manifest.nested is not None:
+        return _load_nested(source, source.manifest.nested, layer, dtype, device, cache)
+    return _load_dense(source, layer, dtype, device)
+
+
+def _load_dense(
     source: WeightSource, layer: int, dtype: torch.dtype, device: torch.device
-) -> ExpertLayer:
-    """Bring one layer's pool to the device through one slot of host memory."""
+) -> DensePool:
+    """Copy slot by slot, through one slot of host memory."""
     config, num_slots = source.manifest.config, source.manifest.num_slots[layer]
     hidden, inner = config.hidden_size, config.intermediate_size
     stored = DTYPES[source.manifest.expert_dtype]
@@ -60,4 +84,42 @@ def load_experts(
         for part, buffer in staging.items():
             source.read_slot(layer, part, slot, out=buffer)
             pools[part][slot].copy_(buffer)
-    return ExpertLayer(pools["gate_up"], pools["down"])
+    return DensePool(pools["gate_up"], pools["down"])
+
+
+def _load_nested(
+    pack: Pack,
+    nested: Mapping[str, NestedCode],
+    layer: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache: DecodedCache,
+) -> NestedPool:
+    """Copy shared and private codes; nothing is decoded yet."""
+
+    def to_device(planes: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {width: plane.to(device) for width, plane in planes.items()}
+
+    parts = []
+    for part in EXPERT_PARTS:
+        planes, scale = pack.read_shared(layer, part)
+        parts.append(
+            NestedPart(
+                nested[part],
+                pack.manifest.part_shape(part)[1],
+                to_device(planes),
+                scale.to(device),
+            )
+        )
+    faces = []
+    for face in pack.manifest.faces(layer)[0]:
+        private: list[tuple[dict[int, Tensor], PrivateCode]] = []
+        for idx, part in enumerate(EXPERT_PARTS):
+            if face.variant is None or face.expert is None:
+                private.append(({}, PrivateCode(0, 0)))
+                continue
+            code = pack.variant(face.variant).private_codes[layer][face.expert][idx]
+            codes = pack.read_private(face.variant, layer, face.expert, part)
+            private.append((to_device(codes), code))
+        faces.append(NestedFace(face.slot, (private[0], private[1])))
+    return NestedPool((parts[0], parts[1]), faces, dtype, cache, layer)

@@ -17,6 +17,8 @@ __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
 # Activations, the allocator's rounding, and on a GPU the context and library workspaces.
 RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+# Nested experts are decoded when tokens come; so much of what was decoded lately is kept.
+DECODED_BYTES = 256 * 2**20
 # Without an explicit size the cache takes at most this part of what is left.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}
 
@@ -26,7 +28,8 @@ class MemoryPlan:
     """Predicted bytes by part; everything but `host_bytes` is on the compute device.
 
     Attributes:
-        experts_bytes: all slots of all layers.
+        experts_bytes: all slots of all layers, as they are stored.
+        decoded_bytes: nested experts kept decoded; 0 for a plain pack.
         shared_bytes: non-expert tensors that all variants have in common.
         resident_bytes: the resident variants' own non-expert tensors.
         cache_bytes: keys and values.
@@ -35,6 +38,7 @@ class MemoryPlan:
     """
 
     experts_bytes: int
+    decoded_bytes: int
     shared_bytes: int
     resident_bytes: int
     cache_bytes: int
@@ -44,7 +48,7 @@ class MemoryPlan:
     @property
     def weights_bytes(self) -> int:
         """All weights on the device."""
-        return self.experts_bytes + self.shared_bytes + self.resident_bytes
+        return self.experts_bytes + self.decoded_bytes + self.shared_bytes + self.resident_bytes
 
 
 def available_bytes(device: torch.device) -> int:
@@ -93,8 +97,14 @@ def plan_memory(
         else:
             private_bytes += num_bytes
     num_variants = len(manifest.variants)
-    experts_bytes = sum(manifest.num_slots) * config.expert_numel * dtype.itemsize
-    weights_bytes = experts_bytes + shared_bytes + num_slots * private_bytes
+    if manifest.nested is None:
+        experts_bytes = sum(manifest.num_slots) * config.expert_numel * dtype.itemsize
+        decoded_bytes = 0
+    else:
+        experts_bytes = manifest.coded_bytes()
+        num_faces = sum(len(manifest.faces(layer)[0]) for layer in range(config.num_layers))
+        decoded_bytes = min(DECODED_BYTES, num_faces * config.expert_numel * dtype.itemsize)
+    weights_bytes = experts_bytes + decoded_bytes + shared_bytes + num_slots * private_bytes
     host_bytes = 0 if num_slots >= num_variants else num_variants * private_bytes
 
     kind = device.type
@@ -117,6 +127,7 @@ def plan_memory(
     num_blocks = max(1, cache_bytes // block_bytes)
     return MemoryPlan(
         experts_bytes=experts_bytes,
+        decoded_bytes=decoded_bytes,
         shared_bytes=shared_bytes,
         resident_bytes=num_slots * private_bytes,
         cache_bytes=num_blocks * block_bytes,

@@ -19,11 +19,12 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -60,15 +61,22 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What people really put under a .safetensors name, by its first bytes.
-_IMPOSTORS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer: fetch the real file with `git lfs pull`"),
-    (b"GGUF", "a GGUF file: moec reads safetensors checkpoints"),
-    (b"PK\x03\x04", "a zip archive (a pickled PyTorch checkpoint?): convert it to safetensors"),
-    (b"\x80\x02", "a Python pickle, which moec never opens: convert it to safetensors"),
-    (b"<!DOCTYPE", "an HTML page: the download went wrong"),
-    (b"<!doctype", "an HTML page: the download went wrong"),
-    (b"<html", "an HTML page: the download went wrong"),
+# What people really put under a .safetensors name, by how it begins.
+_IMPOSTORS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (
+        re.compile(rb"version https://git-lfs"),
+        "a Git LFS pointer: fetch the real file with `git lfs pull`",
+    ),
+    (re.compile(rb"GGUF"), "a GGUF file: moec reads safetensors checkpoints"),
+    (
+        re.compile(rb"PK\x03\x04"),
+        "a zip archive (a pickled PyTorch checkpoint?): convert it to safetensors",
+    ),
+    (
+        re.compile(rb"\x80[\x02-\x05]"),
+        "a Python pickle, which moec never opens: convert it to safetensors",
+    ),
+    (re.compile(rb"\s*<(!doctype|html)", re.I), "an HTML page: the download went wrong"),
 )
 
 
@@ -193,23 +201,18 @@ class TensorFile:
     def _parse_header(self) -> dict[str, TensorEntry]:
         where, file_bytes = str(self.path), self._identity[2]
         start = os.pread(self._fd, 64, 0)
-        for magic, meaning in _IMPOSTORS:
-            if start.startswith(magic):
-                raise self._error(f"{where}: not safetensors but {meaning}")
         if len(start) < 8:
-            raise self._error(f"{where}: {file_bytes} bytes is too short for a safetensors file")
+            self._refuse(start, f"{file_bytes} bytes is too short for a safetensors file")
         header_bytes = int.from_bytes(start[:8], "little")
         if header_bytes > file_bytes - 8:
-            raise self._error(
-                f"{where}: header length {header_bytes} exceeds the file's {file_bytes} bytes"
+            self._refuse(
+                start, f"header length {header_bytes} exceeds the file's {file_bytes} bytes"
             )
         if not 2 <= header_bytes <= MAX_HEADER_BYTES:
-            raise self._error(
-                f"{where}: header length {header_bytes} is outside 2..{MAX_HEADER_BYTES}"
-            )
+            self._refuse(start, f"header length {header_bytes} is outside 2..{MAX_HEADER_BYTES}")
         raw = os.pread(self._fd, header_bytes, 8)
         if len(raw) != header_bytes or not raw.startswith(b"{"):
-            raise self._error(f"{where}: header does not start with '{{'")
+            self._refuse(start, "header does not start with '{'")
         header = Fields(parse_json(raw, f"{where}: header", self._error), where, self._error)
         if header.has("__metadata__"):
             metadata = header.child("__metadata__")
@@ -222,6 +225,14 @@ class TensorFile:
         entries = {name: _parse_entry(header, name, data_start) for name in names}
         self._check_layout(entries, data_start, file_bytes)
         return entries
+
+    def _refuse(self, start: bytes, problem: str) -> NoReturn:
+        """Raise what is wrong with the file's beginning or, where that shows it, what it is."""
+        # Only now: a sound header of 640 bytes begins like a pickle.
+        for pattern, meaning in _IMPOSTORS:
+            if pattern.match(start):
+                problem = f"not safetensors but {meaning}"
+        raise self._error(f"{self.path}: {problem}")
 
     def _check_layout(
         self, entries: Mapping[str, TensorEntry], data_start: int, file_bytes: int

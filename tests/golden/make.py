@@ -80,7 +80,7 @@ def make_checkpoints(out: Path) -> dict[str, Path]:
 def compile_pack(checkpoints: Path, out: Path) -> Path:
     """Compile the two checkpoints in `checkpoints`."""
     models = {name: checkpoints / name for name in ("plain", "chatty")}
-    return consolidate(models, out, threshold=THRESHOLD).pack
+    return consolidate(models, out, threshold=THRESHOLD, code="plain").pack
 
 
 def make_expected(pack: Path) -> list[dict[str, object]]:

@@ -49,7 +49,7 @@ class Reader:
     def __init__(self, root: Path) -> None:
         self.manifest = json.loads((root / "manifest.json").read_bytes())
         assert self.manifest["format"] == "moec-pack"
-        assert self.manifest["format_version"] == "0.1"
+        assert self.manifest["format_version"] == "0.2"
         self.variants = {variant["name"]: variant for variant in self.manifest["variants"]}
         self.files: dict[str, dict[str, Array]] = {}
         for path, file in self.manifest["files"].items():

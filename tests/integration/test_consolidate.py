@@ -57,21 +57,39 @@ def test_packs_hold_what_their_manifest_says(pack: Path, lossless_pack: Path) ->
         assert not list(root.parent.glob(".*"))
 
 
-def test_the_library_reads_every_tensor_file(pack: Path) -> None:
-    layer = load_file(pack / "experts" / "layer-000.safetensors")
+def test_the_library_reads_every_tensor_file(merged_pack: Path, pack: Path) -> None:
+    layer = load_file(merged_pack / "experts" / "layer-000.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in layer.items()} == {
         "gate_up": (8, 384, 96),
         "down": (8, 96, 192),
     }
-    assert len(load_file(pack / "variants" / "math.safetensors")) == 4 * 7 + 3
+    assert len(load_file(merged_pack / "variants" / "math.safetensors")) == 4 * 7 + 3
+    coded = load_file(pack / "experts" / "layer-000.safetensors")
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in coded.items()} == {
+        "gate_up.4": (torch.uint16, (8, 384, 24)),
+        "gate_up.scale": (torch.bfloat16, (8, 384, 3)),
+        "down.4": (torch.uint16, (8, 96, 48)),
+        "down.scale": (torch.bfloat16, (8, 96, 6)),
+    }
+    private = load_file(pack / "private" / "math" / "layer-003.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in private.items()} == {
+        f"experts.{expert}.{part}.{width}": shape
+        for expert in range(8)
+        for part, width, shape in (
+            ("gate_up", 2, (384, 12)),
+            ("gate_up", 1, (384, 6)),
+            ("down", 2, (96, 24)),
+            ("down", 1, (96, 12)),
+        )
+    }
 
 
-def test_slots_hold_the_average_of_their_members(pack: Path, checkpoints: Folders) -> None:
+def test_slots_hold_the_average_of_their_members(merged_pack: Path, checkpoints: Folders) -> None:
     originals = {name: load_folder(folder) for name, folder in checkpoints.items()}
-    with Pack(pack) as opened:
+    with Pack(merged_pack) as opened:
         assert opened.manifest.num_slots == (8, 8, 8, 8)
         for layer in range(4):
-            stored = load_file(pack / "experts" / f"layer-{layer:03d}.safetensors")
+            stored = load_file(merged_pack / "experts" / f"layer-{layer:03d}.safetensors")
             for slot, members in enumerate(opened.manifest.members(layer)):
                 rows = [expert(originals[name], layer, number) for name, number in members]
                 mean_P = torch.stack(rows).float().mean(dim=0)
@@ -145,7 +163,7 @@ def test_summary_counts_against_separate_models(pack: Path, checkpoints: Folders
         summary = summarise(opened)
     originals = [load_folder(folder).values() for folder in checkpoints.values()]
     assert summary.separate_bytes == sum(tensor.nbytes for all_ in originals for tensor in all_)
-    assert summary.expert_ratio == 0.25
+    assert summary.expert_ratio == (4 + 4 * 3 + 16 / 32) / (4 * 16)
     assert summary.pack_bytes == sum(
         tensor.nbytes for path in pack.rglob("*.safetensors") for tensor in load_file(path).values()
     )
@@ -421,7 +439,7 @@ def test_a_full_disk_is_noticed_in_advance(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(ResourceError, match=r"0\.001 GB free on this disk, 0\.006 GB needed"):
+    with pytest.raises(ResourceError, match=r"0\.001 GB free on this disk, 0\.002 GB needed"):
         consolidate(checkpoints, tmp_path / "pack")
     assert list(tmp_path.iterdir()) == []
 

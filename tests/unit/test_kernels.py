@@ -17,6 +17,7 @@ from moeruntime.kernels import (
     write_cache,
 )
 from moeruntime.kv_cache import BLOCK_TOKENS
+from moeruntime.models.experts import DensePool
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 DTYPES = list(TOLERANCE)
@@ -101,7 +102,7 @@ def test_experts_are_applied_and_weighed_per_token(
     down = randn(num_slots, 12, 10, seed=seed + 2, dtype=dtype)
     scores = randn(num_tokens, num_slots, seed=seed + 3)
     weights_TK, slots_TK = scores.softmax(-1).topk(top_k)
-    actual = expert_mlp(x_TH, slots_TK, weights_TK, gate_up, down)
+    actual = expert_mlp(x_TH, slots_TK, weights_TK, DensePool(gate_up, down))
     assert_close(actual, naive_experts(x_TH, slots_TK, weights_TK, gate_up, down), dtype)
 
 
@@ -109,7 +110,7 @@ def test_two_choices_of_one_token_may_share_a_slot() -> None:
     x_TH, gate_up, down = randn(5, 12, seed=1), randn(2, 20, 12, seed=2), randn(2, 12, 10, seed=3)
     slots_TK = torch.tensor([[1, 1], [0, 0], [0, 1], [1, 0], [1, 1]])
     weights_TK = torch.rand(5, 2, generator=torch.Generator().manual_seed(4))
-    actual = expert_mlp(x_TH, slots_TK, weights_TK, gate_up, down)
+    actual = expert_mlp(x_TH, slots_TK, weights_TK, DensePool(gate_up, down))
     expected = naive_experts(x_TH, slots_TK, weights_TK, gate_up, down)
     assert_close(actual, expected, torch.float32)
 

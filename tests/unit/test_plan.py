@@ -47,7 +47,7 @@ def test_json_both_ways() -> None:
     ],
 )
 def test_plans_that_make_no_sense(slots: object, complaint: str) -> None:
-    document = {"recipe": Recipe(0.9).to_json(), "layers": [slots]}
+    document = {"recipe": Recipe(0.9).to_json(), "layers": [{"slots": slots, "codes": []}]}
     with pytest.raises(InputError, match=complaint):
         ConsolidationPlan.from_bytes(json.dumps(document).encode(), "plan.json")
 

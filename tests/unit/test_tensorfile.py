@@ -153,3 +153,11 @@ def test_headers_that_lie(
         TensorFile(path, CheckpointError)
     assert str(problem.value).startswith(str(path))
     assert complaint in str(problem.value)
+
+
+def test_a_header_length_that_looks_like_a_pickle_is_none(tmp_path: Path) -> None:
+    header = json.dumps({"a": entry(0, 4)}).encode().ljust(0x0280)
+    path = header_file(tmp_path / "good.safetensors", header, 4)
+    assert path.read_bytes().startswith(b"\x80\x02")
+    with TensorFile(path, CheckpointError) as file:
+        assert file.entries.keys() == {"a"}

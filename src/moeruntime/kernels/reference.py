@@ -1,18 +1,21 @@
 """Plain PyTorch kernels: slow where they loop, right everywhere.
 
 Legend: T tokens of the step, sorted so that tokens of one variant are adjacent; R resident slots;
-S expert slots of a layer; K experts per token; H hidden, I intermediate; Q query heads, KV
-key-value heads, D head dimension; B tokens of a cache block.
+K experts per token; H hidden, I intermediate; Q query heads, KV key-value heads, D head dimension;
+B tokens of a cache block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moeruntime.models.experts import ExpertPool
 
 __all__ = ["TokenGroup", "expert_mlp", "grouped_linear", "paged_attention", "write_cache"]
 
@@ -44,36 +47,34 @@ def grouped_linear(x_TI: Tensor, weight_ROI: Tensor, groups: Sequence[TokenGroup
     return out
 
 
-def expert_mlp(
-    x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, gate_up_SIH: Tensor, down_SHI: Tensor
-) -> Tensor:
+def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertPool) -> Tensor:
     """Apply each token's K experts and add them up by routing weight.
 
-    `slots_TK` names physical slots, so tokens of different variants that share an expert meet in
-    one product.
+    `faces_TK` names distinct experts, so tokens of different variants that share one meet in one
+    product.
 
     Args:
         x_TH: expert inputs.
-        slots_TK: int64 slots.
+        faces_TK: int64 faces of the pool.
         weights_TK: float32 routing weights.
-        gate_up_SIH: [S, 2I, H], gate rows first.
-        down_SHI: [S, H, I].
+        pool: the layer's experts.
 
     Returns:
         [T, H] in x's dtype; weighted sums are formed in float32.
     """
-    num_tokens, top_k = slots_TK.shape
-    order = slots_TK.flatten().argsort(stable=True)
-    counts = slots_TK.flatten().bincount(minlength=gate_up_SIH.shape[0]).tolist()
+    num_tokens, top_k = faces_TK.shape
+    order = faces_TK.flatten().argsort(stable=True)
+    counts = faces_TK.flatten().bincount(minlength=pool.num_faces).tolist()
     tokens = order // top_k
     sorted_out = x_TH.new_empty(num_tokens * top_k, x_TH.shape[1])
     start = 0
-    for slot, count in enumerate(counts):
+    for face, count in enumerate(counts):
         if not count:
             continue
         stop = start + count
-        gate, up = F.linear(x_TH[tokens[start:stop]], gate_up_SIH[slot]).chunk(2, dim=-1)
-        sorted_out[start:stop] = F.linear(F.silu(gate) * up, down_SHI[slot])
+        gate_up_IH, down_HI = pool.weights(face)
+        gate, up = F.linear(x_TH[tokens[start:stop]], gate_up_IH).chunk(2, dim=-1)
+        sorted_out[start:stop] = F.linear(F.silu(gate) * up, down_HI)
         start = stop
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out

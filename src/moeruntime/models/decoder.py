@@ -8,7 +8,6 @@ a step may mix any variants and a reconfiguration is a copy into a row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,10 +18,11 @@ from moeruntime.families.base import layer_role
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
+from moeruntime.models.experts import ExpertPool
 from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
 from moeruntime.models.moe import route
 
-__all__ = ["Decoder", "ExpertLayer", "parameter_roles"]
+__all__ = ["Decoder", "parameter_roles"]
 
 
 def parameter_roles(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -40,14 +40,6 @@ def parameter_roles(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return parameters
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertLayer:
-    """One layer's pool of experts: gate_up [S, 2I, H] (gate rows first) and down [S, H, I]."""
-
-    gate_up: Tensor
-    down: Tensor
-
-
 class Decoder:
     """The forward pass. It owns no memory but the views it was given."""
 
@@ -55,8 +47,8 @@ class Decoder:
         self,
         config: ModelConfig,
         weights: Mapping[str, Tensor],
-        experts: Sequence[ExpertLayer],
-        expert_map_VLE: Tensor,
+        experts: Sequence[ExpertPool],
+        faces_VLE: Tensor,
         cache: KVCache,
     ) -> None:
         """Bind views.
@@ -65,13 +57,13 @@ class Decoder:
             config: the architecture.
             weights: parameter of `parameter_roles` -> [R, ...], slot stride 0 where shared by all.
             experts: one pool a layer.
-            expert_map_VLE: int64; variant, layer, logical expert -> slot.
+            faces_VLE: int64; variant, layer, logical expert -> face of the layer's pool.
             cache: keys and values, written and read by every step.
         """
         self.config = config
         self.weights = weights
         self.experts = experts
-        self.expert_map_VLE = expert_map_VLE
+        self.faces_VLE = faces_VLE
         self.cache = cache
 
     @torch.inference_mode()
@@ -131,7 +123,6 @@ class Decoder:
         logits_TE = kernels.grouped_linear(
             x_TH, self.weights[layer_role(layer, "router")], batch.groups
         )
-        slot_map_TE = self.expert_map_VLE[batch.variant_T, layer]
-        slots_TK, weights_TK = route(logits_TE, slot_map_TE, self.config.top_k)
-        pool = self.experts[layer]
-        return kernels.expert_mlp(x_TH, slots_TK, weights_TK, pool.gate_up, pool.down)
+        faces_TE = self.faces_VLE[batch.variant_T, layer]
+        faces_TK, weights_TK = route(logits_TE, faces_TE, self.config.top_k)
+        return kernels.expert_mlp(x_TH, faces_TK, weights_TK, self.experts[layer])

@@ -12,31 +12,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeruntime.codes import NestedCode, PrivateCode, plane_bytes, scale_columns
 from moeruntime.errors import IntegrityError
 from moeruntime.families import FAMILIES, Family, ModelConfig
 from moeruntime.strict_json import Fields, canonical_json, read_json
 
 __all__ = [
     "COMMON_FILE",
+    "EXPERT_PARTS",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "ExpertCodes",
+    "Face",
     "Manifest",
     "PackedFile",
     "TensorRef",
     "Variant",
     "layer_file",
+    "private_file",
     "valid_variant_name",
     "variant_file",
     "variant_folder",
 ]
 
-FORMAT_VERSION = (0, 1)
+FORMAT_VERSION = (0, 2)
 """Major and minor. A reader takes its own major and any minor up to its own."""
 
 FORMAT_NAME = "moec-pack"
 MANIFEST_NAME = "manifest.json"
 COMMON_FILE = "variants/common.safetensors"
 MAX_VARIANTS = 1024
+EXPERT_PARTS = ("gate_up", "down")
+"""An expert's two matrices, [2I, H] with the gate rows first, and [H, I]."""
+
+ExpertCodes = tuple[PrivateCode, PrivateCode]
+"""The private codes of one expert's parts, in the order of EXPERT_PARTS."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PATH_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a name and what is added to it
@@ -58,6 +68,11 @@ def valid_variant_name(name: str) -> bool:
 def layer_file(layer: int) -> str:
     """Where one layer's experts are stored."""
     return f"experts/layer-{layer:03d}.safetensors"
+
+
+def private_file(name: str, layer: int) -> str:
+    """Where the private codes of one variant's experts of one layer are stored."""
+    return f"private/{name}/layer-{layer:03d}.safetensors"
 
 
 def variant_file(name: str) -> str:
@@ -95,12 +110,28 @@ class Variant:
         content_sha256: digest over the names, dtypes, shapes and digests of its source tensors.
         expert_map: [layer][logical expert] -> slot.
         tensors: non-expert role -> where it is stored.
+        private_codes: [layer][logical expert] -> how it refines its slot; empty in a plain pack.
     """
 
     name: str
     content_sha256: str
     expert_map: tuple[tuple[int, ...], ...]
     tensors: Mapping[str, TensorRef]
+    private_codes: tuple[tuple[ExpertCodes, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """A distinct expert of a layer: a slot, seen through one variant's private codes or none.
+
+    Attributes:
+        slot: its slot.
+        variant, expert: whose private codes refine it; None where nobody's do.
+    """
+
+    slot: int
+    variant: str | None = None
+    expert: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +141,8 @@ class Manifest:
     Attributes:
         family: key into FAMILIES.
         config: the architecture all variants share.
-        expert_dtype: safetensors dtype name of the stored experts.
+        expert_dtype: safetensors dtype name of the experts, as stored or as decoded for export.
+        nested: how each part of every expert is coded; None where weights are stored as they are.
         num_slots: slots of each layer's pool.
         variants: in the order they were given.
         files: every file of the pack but the manifest.
@@ -126,6 +158,7 @@ class Manifest:
     files: Mapping[str, PackedFile]
     recipe: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    nested: Mapping[str, NestedCode] | None = None
 
     @property
     def family_spec(self) -> Family:
@@ -145,6 +178,46 @@ class Manifest:
                 slots[slot].append((variant.name, expert))
         return slots
 
+    def part_shape(self, part: str) -> tuple[int, int]:
+        """[rows, columns] of one part of an expert."""
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return (2 * inner, hidden) if part == "gate_up" else (hidden, inner)
+
+    def coded_bytes(self) -> int:
+        """Tensor bytes of all experts of a nested pack: codes and scales, shared and private."""
+        assert self.nested is not None
+        total = 0
+        for idx, part in enumerate(EXPERT_PARTS):
+            rows, columns = self.part_shape(part)
+            code = self.nested[part]
+            shared = plane_bytes(rows, columns, code.shared_bits)
+            scales = 2 * rows * scale_columns(columns, code.group)
+            total += sum(self.num_slots) * (shared + scales)
+            for variant in self.variants:
+                for codes in (codes for layer in variant.private_codes for codes in layer):
+                    total += plane_bytes(rows, columns, codes[idx].bits)
+        return total
+
+    def faces(self, layer: int) -> tuple[list[Face], dict[str, tuple[int, ...]]]:
+        """The distinct experts of a layer, and for each variant logical expert -> face.
+
+        In a plain pack, and wherever nobody has private bits, faces are slots.
+        """
+        numbers: dict[Face, int] = {}
+        if self.nested is None:
+            numbers = {Face(slot): slot for slot in range(self.num_slots[layer])}
+        faces_of = {}
+        for variant in self.variants:
+            row = []
+            for expert, slot in enumerate(variant.expert_map[layer]):
+                refined = self.nested is not None and any(
+                    code.bits for code in variant.private_codes[layer][expert]
+                )
+                face = Face(slot, variant.name, expert) if refined else Face(slot)
+                row.append(numbers.setdefault(face, len(numbers)))
+            faces_of[variant.name] = tuple(row)
+        return list(numbers), faces_of
+
     def shared_roles(self) -> frozenset[str]:
         """Non-expert roles for which all variants refer to one and the same tensor."""
         first, *others = self.variants
@@ -163,6 +236,12 @@ class Manifest:
                 "family": self.family,
                 "config": self.config.to_json(),
                 "expert_dtype": self.expert_dtype,
+                "nested": None
+                if self.nested is None
+                else {
+                    part: {"shared_bits": code.shared_bits, "group": code.group}
+                    for part, code in self.nested.items()
+                },
                 "layers": [
                     {"file": layer_file(layer), "num_slots": num_slots}
                     for layer, num_slots in enumerate(self.num_slots)
@@ -176,6 +255,10 @@ class Manifest:
                             role: {"file": ref.file, "tensor": ref.tensor}
                             for role, ref in variant.tensors.items()
                         },
+                        "private_codes": [
+                            [[[code.bits, code.step] for code in codes] for codes in layer]
+                            for layer in variant.private_codes
+                        ],
                     }
                     for variant in self.variants
                 ],
@@ -225,7 +308,10 @@ def _parse(source: Fields) -> Manifest:
     entries = source.children("variants")
     if not 1 <= len(entries) <= MAX_VARIANTS:
         source.fail(f"{len(entries)} variants, outside 1..{MAX_VARIANTS}")
-    variants = tuple(_parse_variant(entry, config, num_slots, files) for entry in entries)
+    nested = _parse_nested(source)
+    variants = tuple(
+        _parse_variant(entry, config, num_slots, files, nested is not None) for entry in entries
+    )
     _check_variants(source, variants, num_slots)
     manifest = Manifest(
         family=family,
@@ -236,6 +322,7 @@ def _parse(source: Fields) -> Manifest:
         files=files,
         recipe=_plain(source.child("recipe")),
         provenance=_plain(source.child("provenance")),
+        nested=nested,
     )
     if manifest.expert_dtype not in ("BF16", "F16", "F32"):
         source.fail(f"expert_dtype {ascii(manifest.expert_dtype[:20])} is not BF16, F16 or F32")
@@ -274,7 +361,11 @@ def _parse_files(source: Fields) -> dict[str, PackedFile]:
 
 
 def _parse_variant(
-    source: Fields, config: ModelConfig, num_slots: list[int], files: Mapping[str, PackedFile]
+    source: Fields,
+    config: ModelConfig,
+    num_slots: list[int],
+    files: Mapping[str, PackedFile],
+    nested: bool,
 ) -> Variant:
     name = source.text("name")
     if not valid_variant_name(name):
@@ -306,8 +397,53 @@ def _parse_variant(
             ref.fail(f"file {ascii(tensors[role].file[:60])} does not belong to this variant")
         if tensors[role].file not in files:
             ref.fail(f"file '{tensors[role].file}' is not listed in 'files'")
+    private_codes = _parse_private_codes(source, config, nested)
     source.done()
-    return Variant(name, content_sha256, tuple(expert_map), tensors)
+    return Variant(name, content_sha256, tuple(expert_map), tensors, private_codes)
+
+
+def _parse_nested(source: Fields) -> dict[str, NestedCode] | None:
+    if source.raw("nested", None) is None:  # absent in packs of version 0.1
+        return None
+    parts = source.child("nested")
+    nested = {}
+    for part in EXPERT_PARTS:
+        code = parts.child(part)
+        nested[part] = NestedCode(
+            shared_bits=code.integer("shared_bits", 2, 6), group=code.integer("group", 8, 2**20)
+        )
+        code.done()
+    parts.done()
+    return nested
+
+
+def _parse_private_codes(
+    source: Fields, config: ModelConfig, nested: bool
+) -> tuple[tuple[ExpertCodes, ...], ...]:
+    layers = source.sequence("private_codes") if source.has("private_codes") else []
+    if len(layers) != (config.num_layers if nested else 0):
+        source.fail(f"private_codes has {len(layers)} layers")
+    result = []
+    for layer, experts in enumerate(layers):
+        where = f"{source.where}: private_codes[{layer}]"
+        if not isinstance(experts, list) or len(experts) != config.num_experts:
+            raise IntegrityError(f"{where}: must list {config.num_experts} experts")
+        row = []
+        for expert, pairs in enumerate(experts):
+            one = Fields({"codes": pairs}, f"{where}[{expert}]", IntegrityError)
+            codes = tuple(_parse_private_code(one, pair) for pair in one.sequence("codes"))
+            if len(codes) != len(EXPERT_PARTS):
+                one.fail(f"must hold one [bits, step] for each of {', '.join(EXPERT_PARTS)}")
+            row.append((codes[0], codes[1]))
+        result.append(tuple(row))
+    return tuple(result)
+
+
+def _parse_private_code(place: Fields, pair: object) -> PrivateCode:
+    values = Fields({"pair": pair}, place.where, IntegrityError).integers("pair", 0, 127)
+    if len(values) != 2 or not PrivateCode(*values).valid():
+        place.fail(f"{list(values)[:4]} is not a private code [bits, step]")
+    return PrivateCode(*values)
 
 
 def _check_variants(source: Fields, variants: Iterable[Variant], num_slots: list[int]) -> None:

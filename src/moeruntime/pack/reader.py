@@ -10,12 +10,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from moeruntime.codes import NestedCode, decode, plane_shapes, scale_columns, unpack_planes
 from moeruntime.errors import InputError, IntegrityError, RequestError
 from moeruntime.pack.manifest import (
     COMMON_FILE,
+    EXPERT_PARTS,
     Manifest,
     Variant,
     layer_file,
+    private_file,
     variant_file,
     variant_folder,
 )
@@ -112,6 +115,51 @@ class Pack:
         """Read one slot of `gate_up` or `down` into memory of the stored dtype."""
         self.layer(layer).read_rows(part, slot, slot + 1, out=out[None])
 
+    def read_shared(self, layer: int, part: str) -> tuple[dict[int, Tensor], Tensor]:
+        """Read one part of all slots of a nested layer.
+
+        Returns:
+            The planes of the shared codes, width -> uint16 [slots, rows, words], and the scales,
+            bfloat16 [slots, rows, groups].
+        """
+        file = self.layer(layer)
+        widths = plane_shapes(1, 1, self._nested[part].shared_bits)
+        return {w: file.read(f"{part}.{w}") for w in widths}, file.read(f"{part}.scale")
+
+    def read_private(self, variant: str, layer: int, expert: int, part: str) -> dict[int, Tensor]:
+        """Read the private codes of one part of one variant's expert: width -> [rows, words]."""
+        codes = self.variant(variant).private_codes[layer][expert]
+        widths = plane_shapes(1, 1, codes[EXPERT_PARTS.index(part)].bits)
+        file = private_file(variant, layer)
+        return {w: self._files[file].read(f"experts.{expert}.{part}.{w}") for w in widths}
+
+    def read_expert(self, variant: str, layer: int, expert: int, part: str) -> Tensor:
+        """One part of one variant's expert as a plain matrix of `expert_dtype`, decoded if need be.
+
+        Nested codes are rounded to that dtype here, as an export stores them.
+        """
+        entry = self.variant(variant)
+        slot = entry.expert_map[layer][expert]
+        dtype = DTYPES[self.manifest.expert_dtype]
+        if self.manifest.nested is None:
+            return self.layer(layer).read_rows(part, slot, slot + 1)[0]
+        file, code = self.layer(layer), self._nested[part]
+        num_columns = self.manifest.part_shape(part)[1]
+        shared = {
+            w: file.read_rows(f"{part}.{w}", slot, slot + 1)[0]
+            for w in plane_shapes(1, 1, code.shared_bits)
+        }
+        scale_RG = file.read_rows(f"{part}.scale", slot, slot + 1)[0]
+        private = self.read_private(variant, layer, expert, part)
+        weights_RC = decode(
+            unpack_planes(shared, num_columns),
+            scale_RG,
+            code,
+            unpack_planes(private, num_columns) if private else None,
+            entry.private_codes[layer][expert][EXPERT_PARTS.index(part)],
+        )
+        return weights_RC.to(dtype)
+
     def read_non_expert(self, variant: str, role: str) -> Tensor:
         """Read one non-expert tensor of a variant, in its stored dtype."""
         ref = self.variant(variant).tensors[role]
@@ -123,13 +171,22 @@ class Pack:
         return self._files[ref.file].entries[ref.tensor].dtype
 
     def bytes_by_part(self) -> Mapping[str, int]:
-        """Tensor bytes of the experts, of what variants have in common, and of each variant."""
+        """Tensor bytes of the experts, of what variants have in common, and of each variant.
+
+        Private codes are counted with the experts, which they complete.
+        """
         sums = {path: _tensor_bytes(file) for path, file in self._files.items()}
-        parts = {"experts": sum(v for path, v in sums.items() if path.startswith("experts/"))}
+        experts = ("experts/", "private/")
+        parts = {"experts": sum(v for path, v in sums.items() if path.startswith(experts))}
         parts["common"] = sums.get(COMMON_FILE, 0)
         for name in self.manifest.variant_names:
             parts[name] = sums.get(variant_file(name), 0)
         return parts
+
+    @property
+    def _nested(self) -> Mapping[str, NestedCode]:
+        assert self.manifest.nested is not None
+        return self.manifest.nested
 
     def _check_file(self, path: str) -> None:
         full, expected = self.root / path, self.manifest.files[path]
@@ -148,16 +205,42 @@ class Pack:
             self._files[path] = TensorFile(full, IntegrityError)
 
     def _check_layers(self) -> None:
-        config, dtype = self.manifest.config, DTYPES[self.manifest.expert_dtype]
-        hidden, inner = config.hidden_size, config.intermediate_size
+        dtype, nested = DTYPES[self.manifest.expert_dtype], self.manifest.nested
         for layer, num_slots in enumerate(self.manifest.num_slots):
-            expected = {
-                "gate_up": (num_slots, 2 * inner, hidden),
-                "down": (num_slots, hidden, inner),
-            }
-            self._check_tensors(
-                self.layer(layer), {name: (dtype, shape) for name, shape in expected.items()}
-            )
+            expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
+            for part in EXPERT_PARTS:
+                shape = self.manifest.part_shape(part)
+                if nested is None:
+                    expected[part] = (dtype, (num_slots, *shape))
+                    continue
+                groups = scale_columns(shape[1], nested[part].group)
+                expected[f"{part}.scale"] = (torch.bfloat16, (num_slots, shape[0], groups))
+                for width, plane in plane_shapes(*shape, nested[part].shared_bits).items():
+                    expected[f"{part}.{width}"] = (torch.uint16, (num_slots, *plane))
+            self._check_tensors(self.layer(layer), expected)
+        self._check_private()
+
+    def _check_private(self) -> None:
+        """Private codes are where the manifest says somebody has them, and nowhere else."""
+        files = set()
+        for variant in self.manifest.variants:
+            for layer, experts in enumerate(variant.private_codes):
+                expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
+                for expert, codes in enumerate(experts):
+                    for part, code in zip(EXPERT_PARTS, codes, strict=True):
+                        shapes = plane_shapes(*self.manifest.part_shape(part), code.bits)
+                        for width, plane in shapes.items():
+                            expected[f"experts.{expert}.{part}.{width}"] = (torch.uint16, plane)
+                path = private_file(variant.name, layer)
+                if not expected:
+                    continue
+                if path not in self._files:
+                    raise IntegrityError(f"{self.path(path)}: missing, but the manifest needs it")
+                files.add(path)
+                self._check_tensors(self._files[path], expected)
+        for path in self._files:
+            if path.startswith("private/") and path not in files:
+                raise IntegrityError(f"{self.path(path)}: private codes that no variant uses")
 
     def _check_non_expert(self) -> None:
         shapes = self.manifest.config.non_expert_shapes()
@@ -188,7 +271,7 @@ class Pack:
                     f"{file.path}: {name}: shape {list(entry.shape)}, the manifest implies "
                     f"{list(shape)}"
                 )
-            if entry.dtype not in FLOAT_DTYPES or (dtype and entry.dtype != dtype):
+            if entry.dtype != dtype if dtype else entry.dtype not in FLOAT_DTYPES:
                 raise IntegrityError(
                     f"{file.path}: {name}: dtype {dtype_name(entry.dtype)} is not allowed here"
                 )

@@ -1,0 +1,223 @@
+"""What each expert's errors cost, learned from text: streamed through a model a layer at a time.
+
+For every expert the compiler wants to know which inputs it really sees and which of its outputs the
+loss depends on. One forward sweep keeps each layer's input; one backward sweep recomputes a layer
+with gradients of activations (never of weights), takes what it needs, and hands the gradient down.
+Only one layer's weights are in memory.
+
+The loss is taken against tokens drawn from the model's own predictions, which makes the squared
+gradients an unbiased estimate of the Fisher information (as in natural-gradient work; labels from
+the text would give the "empirical" Fisher instead).
+
+Legend: W windows of T tokens, N tokens of a window batch, H hidden, I intermediate, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeconsolidate.checkpoint import Checkpoint
+from moeconsolidate.importance import ExpertStatistics, Statistics
+from moeruntime.families.base import ModelConfig, layer_role
+from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
+from moeruntime.models.moe import route
+
+__all__ = ["collect"]
+
+BATCH_WINDOWS = 2
+"""Windows recomputed with gradients at once."""
+
+
+def collect(
+    checkpoint: Checkpoint,
+    windows_WT: Tensor,
+    *,
+    seed: int = 0,
+    on_layer: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Run calibration text through one model.
+
+    Args:
+        checkpoint: the model.
+        windows_WT: int64 token ids; every window stands alone.
+        seed: of the tokens drawn as labels.
+        on_layer: called after each layer, forward and backward, with how many are done.
+    """
+    config = checkpoint.config
+    inputs_LWTH: list[Tensor] = []
+    hidden_WTH = checkpoint.read_non_expert("embed_tokens").float()[windows_WT]
+    done = 0
+
+    def report() -> None:
+        nonlocal done
+        done += 1
+        if on_layer:
+            on_layer(done)
+
+    for idx in range(config.num_layers):
+        inputs_LWTH.append(hidden_WTH)
+        layer = _Layer(checkpoint, idx)
+        with torch.no_grad():
+            hidden_WTH = torch.cat(
+                [layer.forward(x, None) for x in hidden_WTH.split(BATCH_WINDOWS)]
+            )
+        report()
+    gradient_WTH = _output_gradient(checkpoint, hidden_WTH, seed)
+    layers: list[Mapping[str, ExpertStatistics]] = []
+    routed = []
+    for idx in reversed(range(config.num_layers)):
+        layer = _Layer(checkpoint, idx)
+        taps = _Taps(config)
+        below = []
+        for x, gradient in zip(
+            inputs_LWTH.pop().split(BATCH_WINDOWS), gradient_WTH.split(BATCH_WINDOWS), strict=True
+        ):
+            x = x.requires_grad_()  # noqa: PLW2901 - a leaf of its own
+            layer.forward(x, taps).backward(gradient)
+            taps.count()
+            assert x.grad is not None
+            below.append(x.grad)
+        gradient_WTH = torch.cat(below)
+        layers.append({"gate_up": taps.gate_up, "down": taps.down})
+        routed.append(taps.num_routed_E)
+        report()
+    return Statistics(windows_WT.numel(), layers[::-1], torch.stack(routed[::-1]))
+
+
+class _Taps:
+    """Collects, during one layer's forward pass, what its backward pass will fill in."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
+        self.gate_up = ExpertStatistics.zeros(experts, 2 * inner, hidden)
+        self.down = ExpertStatistics.zeros(experts, hidden, inner)
+        self.num_routed_E = torch.zeros(experts, dtype=torch.int64)
+        self._pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+
+    def watch(
+        self, expert: int, x_NH: Tensor, gate_up_NI: Tensor, inner_NI: Tensor, out_NH: Tensor
+    ) -> None:
+        """Remember an expert's inputs and outputs of this pass."""
+        gate_up_NI.retain_grad()
+        out_NH.retain_grad()
+        self._pending.append((expert, x_NH, gate_up_NI, inner_NI, out_NH))
+
+    def count(self) -> None:
+        """Add what the backward pass found."""
+        with torch.no_grad():
+            for expert, x_NH, gate_up_NI, inner_NI, out_NH in self._pending:
+                assert gate_up_NI.grad is not None and out_NH.grad is not None
+                self.gate_up.add(expert, x_NH, gate_up_NI.grad)
+                self.down.add(expert, inner_NI, out_NH.grad)
+                self.num_routed_E[expert] += len(x_NH)
+        self._pending.clear()
+
+
+class _Layer:
+    """One decoder layer of one variant in float32, differentiable, without a cache."""
+
+    def __init__(self, checkpoint: Checkpoint, idx: int) -> None:
+        self._config = config = checkpoint.config
+        self._roles = {
+            name: checkpoint.read_non_expert(layer_role(idx, name)).float()
+            for name in (
+                "input_norm",
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "post_attention_norm",
+                "router",
+            )
+        }
+        self._experts = []
+        row_P = torch.empty(config.expert_numel, dtype=checkpoint.expert_dtype)
+        split = 2 * config.intermediate_size * config.hidden_size
+        for expert in range(config.num_experts):
+            checkpoint.read_expert(idx, expert, out=row_P)
+            self._experts.append(
+                (
+                    row_P[:split].float().view(-1, config.hidden_size),
+                    row_P[split:].float().view(config.hidden_size, -1),
+                )
+            )
+
+    def forward(self, x_WTH: Tensor, taps: _Taps | None) -> Tensor:
+        """The layer's output for windows side by side."""
+        x_WTH = x_WTH + self._attention(self._norm(x_WTH, "input_norm"))
+        normed_NH = self._norm(x_WTH, "post_attention_norm").flatten(0, 1)
+        return x_WTH + self._mixture(normed_NH, taps).view_as(x_WTH)
+
+    def _norm(self, x_WTH: Tensor, role: str) -> Tensor:
+        only = torch.zeros((), dtype=torch.int64)
+        return rms_norm(x_WTH, self._roles[role][None], only, self._config.rms_norm_eps)
+
+    def _attention(self, x_WTH: Tensor) -> Tensor:
+        config, num_tokens = self._config, x_WTH.shape[1]
+        rotary = rotary_tables(
+            torch.arange(num_tokens), config.head_dim, config.rope_theta, torch.float32
+        )
+
+        def heads(role: str) -> Tensor:
+            flat = F.linear(x_WTH, self._roles[role])
+            return flat.view(*flat.shape[:2], -1, config.head_dim)
+
+        query, key = apply_rotary(heads("q_proj"), *rotary), apply_rotary(heads("k_proj"), *rotary)
+        window = config.sliding_window
+        mask = None
+        if window is not None and window < num_tokens:
+            distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
+            mask = (distance >= 0) & (distance < window)
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            heads("v_proj").transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=config.num_heads != config.num_kv_heads,
+        )
+        merged_WTH: Tensor = attended.transpose(1, 2).flatten(2)
+        return F.linear(merged_WTH, self._roles["o_proj"])
+
+    def _mixture(self, x_NH: Tensor, taps: _Taps | None) -> Tensor:
+        logits_NE = F.linear(x_NH, self._roles["router"])
+        identity_NE = torch.arange(self._config.num_experts).expand_as(logits_NE)
+        experts_NK, weights_NK = route(logits_NE, identity_NE, self._config.top_k)
+        out_NH = torch.zeros_like(x_NH)
+        for expert, (gate_up, down) in enumerate(self._experts):
+            tokens, rank = (experts_NK == expert).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
+            both = F.linear(x_NH[tokens], gate_up)
+            gate, up = both.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+            out = F.linear(inner, down)
+            if taps is not None:
+                taps.watch(expert, x_NH[tokens], both, inner, out)
+            out_NH = out_NH.index_add(0, tokens, out * weights_NK[tokens, rank, None])
+        return out_NH
+
+
+def _output_gradient(checkpoint: Checkpoint, hidden_WTH: Tensor, seed: int) -> Tensor:
+    """Gradient of the summed loss at the last layer's output, a window at a time."""
+    config = checkpoint.config
+    norm_H = checkpoint.read_non_expert("final_norm").float()
+    head = "embed_tokens" if config.tie_embeddings else "lm_head"
+    head_VH = checkpoint.read_non_expert(head).float()
+    generator = torch.Generator().manual_seed(seed)
+    only = torch.zeros((), dtype=torch.int64)
+    gradients = []
+    for window_TH in hidden_WTH:
+        leaf_TH = window_TH.detach().requires_grad_()
+        logits_TV = F.linear(rms_norm(leaf_TH, norm_H[None], only, config.rms_norm_eps), head_VH)
+        drawn_T = torch.multinomial(
+            logits_TV.detach().softmax(dim=-1), 1, generator=generator
+        ).squeeze(1)
+        F.cross_entropy(logits_TV, drawn_T, reduction="sum").backward()
+        assert leaf_TH.grad is not None
+        gradients.append(leaf_TH.grad)
+    return torch.stack(gradients)

@@ -1,0 +1,282 @@
+"""Choosing nested codes: the integers and scales that lose least of what matters.
+
+What matters is `importance`'s cost(D) = sum_i b_i D_i A D_i^T of an error D. Without calibration
+all weights matter alike, and each is rounded to the nearest levels.
+
+Codes are chosen as GPTQ (Frantar et al. 2022) rounds weights: column by column, each column's error
+fed forward into the columns still to come. What is new is that one column is chosen for all
+variants at once: one shared H, the best L of each variant beside it, each variant's error fed into
+its own columns. A few sweeps of coordinate descent on the same cost follow.
+
+Legend: N slots with equally many members, V members of a slot, R rows (outputs), C columns
+(inputs), G scales a row, g columns a scale, K columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeconsolidate.importance import Importance
+from moeruntime.codes import NestedCode, PrivateCode, scale_columns
+from moeruntime.codes.nested import LEVEL_BITS
+
+__all__ = ["NestedCodes", "encode"]
+
+BLOCK_COLUMNS = 32
+"""Columns between two updates of all that follow; a matter of speed alone."""
+
+SCALE_FACTORS = tuple(0.45 + 0.05 * step for step in range(13))
+"""Scales tried, as parts of the one that just covers a group's largest weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class NestedCodes:
+    """The result.
+
+    Attributes:
+        shared_NRC: uint8 H.
+        private_NVRC: uint8 L; 0 where a member has no private bits.
+        scale_NRG: bfloat16 u.
+        weights_NVRC: float32, what a reader will decode.
+    """
+
+    shared_NRC: Tensor
+    private_NVRC: Tensor
+    scale_NRG: Tensor
+    weights_NVRC: Tensor
+
+
+@torch.no_grad()
+def encode(
+    weights_NVRC: Tensor,
+    code: NestedCode,
+    private: Sequence[Sequence[PrivateCode]],
+    importance: Importance | None = None,
+    *,
+    sweeps: int = 2,
+) -> NestedCodes:
+    """Choose codes for slots with equally many members.
+
+    Args:
+        weights_NVRC: float32, each slot's members.
+        code: h and g, for all of them.
+        private: r and a of each slot's each member.
+        importance: what an error costs; None treats all weights alike and rounds each to the
+            nearest levels.
+        sweeps: rounds of coordinate descent after the first choice.
+    """
+    rule = _Rule.of(code, private)
+    if importance is None:
+        diagonal_NVRC = torch.ones(()).expand_as(weights_NVRC)
+    else:
+        diagonal_NVC = importance.inputs_NVCC.diagonal(dim1=-2, dim2=-1)
+        diagonal_NVRC = importance.outputs_NVR[..., None] * diagonal_NVC[:, :, None, :]
+    scale_NRG = _search_scales(weights_NVRC, diagonal_NVRC, rule)
+    step_NRC = _spread(scale_NRG, code.group, weights_NVRC.shape[-1])
+    if importance is None:
+        chosen = rule.choose(weights_NVRC / step_NRC[:, None], diagonal_NVRC)
+        levels_NVRC, shared_N1RC, private_NVRC = chosen
+    else:
+        levels_NVRC, shared_N1RC, private_NVRC = _feed_forward(
+            weights_NVRC, step_NRC, importance, rule, sweeps
+        )
+    return NestedCodes(
+        shared_N1RC[:, 0].to(torch.uint8),
+        private_NVRC.to(torch.uint8),
+        scale_NRG.to(torch.bfloat16),
+        levels_NVRC * step_NRC[:, None],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """The levels a member can take, in units of the scale u; tensors are [N, V, 1, 1]."""
+
+    group: int
+    shared_step: int
+    shared_max: int
+    private_step: Tensor
+    private_max: Tensor
+
+    @classmethod
+    def of(cls, code: NestedCode, private: Sequence[Sequence[PrivateCode]]) -> _Rule:
+        def grid(values: list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32)[..., None, None]
+
+        return cls(
+            group=code.group,
+            shared_step=2 ** (LEVEL_BITS - code.shared_bits),
+            shared_max=2**code.shared_bits - 1,
+            private_step=grid([[one.step for one in slot] for slot in private]),
+            private_max=grid([[2**one.bits - 1 for one in slot] for slot in private]),
+        )
+
+    @property
+    def largest(self) -> float:
+        """Half the span of the shared levels, with half a step on each side."""
+        return self.shared_step * (self.shared_max + 1) / 2
+
+    def choose(self, target_NVRK: Tensor, weight_NVRK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pick, for every place, the H and the Ls of least weighted squared error.
+
+        H is tried just below and just above the weighted mean of the members' targets.
+
+        Returns:
+            levels [N, V, R, K], H [N, 1, R, K] and L [N, V, R, K], all float32.
+        """
+        total = weight_NVRK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        mean = (target_NVRK * weight_NVRK).sum(dim=1, keepdim=True) / total
+        below = torch.floor(mean / self.shared_step + self.shared_max / 2)
+        low = self._refine(target_NVRK, weight_NVRK, below)
+        high = self._refine(target_NVRK, weight_NVRK, below + 1)
+        better = high[3] < low[3]
+        return (
+            torch.where(better, high[0], low[0]),
+            torch.where(better, high[1], low[1]),
+            torch.where(better, high[2], low[2]),
+        )
+
+    def _refine(
+        self, target_NVRK: Tensor, weight_NVRK: Tensor, shared: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best Ls beside a given H, and the error left."""
+        shared = shared.clamp(0, self.shared_max)
+        base = (shared - self.shared_max / 2) * self.shared_step
+        centre = self.private_max / 2
+        wanted = (target_NVRK - base) / self.private_step.clamp_min(1) + centre
+        private = wanted.round().clamp_min(0).minimum(self.private_max)
+        level = base + self.private_step * (private - centre)
+        error = ((target_NVRK - level).square() * weight_NVRK).sum(dim=1, keepdim=True)
+        return level, shared, private, error
+
+
+def _search_scales(weights_NVRC: Tensor, diagonal_NVRC: Tensor, rule: _Rule) -> Tensor:
+    """One scale a group: of a few candidates, the one with the least weighted rounding error."""
+    num_columns = weights_NVRC.shape[-1]
+    num_scales = scale_columns(num_columns, rule.group)
+    shape = (*weights_NVRC.shape[:-1], num_scales, rule.group)
+    padding = (0, num_scales * rule.group - num_columns)
+    largest = torch.nn.functional.pad(weights_NVRC.abs(), padding).view(shape).amax(dim=(1, 4))
+    # A group of zeros takes any scale; one is as good as another.
+    largest = torch.where(largest > 0, largest, 1.0)
+    best_NRG = torch.zeros(())
+    least_NRG = torch.full_like(largest, torch.inf)
+    for factor in SCALE_FACTORS:
+        scale_NRG = (largest * (factor / rule.largest)).bfloat16().float()
+        step = _spread(scale_NRG, rule.group, num_columns)[:, None]
+        level, _, _ = rule.choose(weights_NVRC / step, diagonal_NVRC)
+        error = (level * step - weights_NVRC).square() * diagonal_NVRC
+        error_NRG = torch.nn.functional.pad(error, padding).view(shape).sum(dim=(1, 4))
+        better = error_NRG < least_NRG
+        best_NRG = torch.where(better, scale_NRG, best_NRG)
+        least_NRG = torch.where(better, error_NRG, least_NRG)
+    return best_NRG
+
+
+def _spread(scale_NRG: Tensor, group: int, num_columns: int) -> Tensor:
+    """A scale for every column."""
+    return scale_NRG.repeat_interleave(group, dim=-1)[..., :num_columns]
+
+
+def _feed_forward(
+    weights_NVRC: Tensor,
+    step_NRC: Tensor,
+    importance: Importance,
+    rule: _Rule,
+    sweeps: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose column by column, the most important first, then sweep; columns come back in order."""
+    diagonal_NVC = importance.inputs_NVCC.diagonal(dim1=-2, dim2=-1)
+    outputs_NVR1 = importance.outputs_NVR[..., None]
+    weight_NC = (diagonal_NVC * importance.outputs_NVR.sum(dim=-1, keepdim=True)).sum(dim=1)
+    order_NC = weight_NC.argsort(dim=-1, descending=True)
+    sort = _Sorter(order_NC)
+    target_NVRC = sort.columns(weights_NVRC)
+    step_N1RC = sort.columns(step_NRC[:, None])
+    inputs_NVCC = sort.both(importance.inputs_NVCC)
+    levels, shared, private = _gptq(target_NVRC, step_N1RC, inputs_NVCC, outputs_NVR1, rule)
+    for _ in range(sweeps):
+        _descend(target_NVRC, step_N1RC, inputs_NVCC, outputs_NVR1, rule, levels, shared, private)
+    return sort.undo(levels), sort.undo(shared), sort.undo(private)
+
+
+def _gptq(
+    target_NVRC: Tensor, step_N1RC: Tensor, inputs_NVCC: Tensor, outputs_NVR1: Tensor, rule: _Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass with error feedback; U is the upper Cholesky factor of the inverse of A."""
+    lower = torch.linalg.cholesky(inputs_NVCC.double())
+    feedback_NVCC = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    pivots_NVC = feedback_NVCC.diagonal(dim1=-2, dim2=-1)
+    num_columns = target_NVRC.shape[-1]
+    left = target_NVRC.clone()
+    levels, private = torch.empty_like(left), torch.empty_like(left)
+    shared = torch.empty_like(step_N1RC)
+    for start in range(0, num_columns, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, num_columns)
+        block, errors = left[..., start:stop], torch.empty_like(left[..., start:stop])
+        for column in range(start, stop):
+            at, here = slice(column, column + 1), column - start
+            step, pivot = step_N1RC[..., at], pivots_NVC[:, :, None, at]
+            wanted = block[..., here : here + 1]
+            chosen = rule.choose(wanted / step, outputs_NVR1 / pivot.square())
+            levels[..., at], shared[..., at], private[..., at] = chosen
+            error = (wanted - chosen[0] * step) / pivot
+            errors[..., here : here + 1] = error
+            block[..., here + 1 :] -= error * feedback_NVCC[:, :, at, column + 1 : stop]
+        left[..., stop:] -= errors @ feedback_NVCC[:, :, start:stop, stop:]
+    return levels, shared, private
+
+
+def _descend(
+    target_NVRC: Tensor,
+    step_N1RC: Tensor,
+    inputs_NVCC: Tensor,
+    outputs_NVR1: Tensor,
+    rule: _Rule,
+    levels: Tensor,
+    shared: Tensor,
+    private: Tensor,
+) -> None:
+    """One sweep of cyclic coordinate descent over the columns, in place; the cost never rises."""
+    num_columns = target_NVRC.shape[-1]
+    diagonal_NVC = inputs_NVCC.diagonal(dim1=-2, dim2=-1)
+    slope_NVRC = (levels * step_N1RC - target_NVRC) @ inputs_NVCC
+    for start in range(0, num_columns, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, num_columns)
+        slope, moves = slope_NVRC[..., start:stop].clone(), []
+        for column in range(start, stop):
+            at = slice(column, column + 1)
+            step, curvature = step_N1RC[..., at], diagonal_NVC[:, :, None, at]
+            now = levels[..., at] * step
+            wanted = now - slope[..., column - start, None] / curvature
+            chosen = rule.choose(wanted / step, outputs_NVR1 * curvature)
+            levels[..., at], shared[..., at], private[..., at] = chosen
+            move = chosen[0] * step - now
+            slope += move * inputs_NVCC[:, :, at, start:stop]
+            moves.append(move)
+        slope_NVRC += torch.cat(moves, dim=-1) @ inputs_NVCC[:, :, start:stop, :]
+
+
+class _Sorter:
+    """Puts columns into another order, slot by slot, and back."""
+
+    def __init__(self, order_NC: Tensor) -> None:
+        self._order = order_NC[:, None, None, :]
+        self._back = order_NC.argsort(dim=-1)[:, None, None, :]
+
+    def columns(self, x: Tensor) -> Tensor:
+        """[N, V or 1, R, C] with its columns in order."""
+        return x.gather(-1, self._order.expand_as(x))
+
+    def both(self, x_NVCC: Tensor) -> Tensor:
+        """Rows and columns in order."""
+        rows = self.columns(x_NVCC).mT
+        return self.columns(rows).mT
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Columns as they were."""
+        return x.gather(-1, self._back.expand_as(x))
