@@ -24,7 +24,7 @@ import json, resource, sys
 from moeconsolidate.pipeline import consolidate
 import scipy.cluster.hierarchy
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-consolidate(sys.argv[2:], sys.argv[1], threshold=0.9)
+consolidate(sys.argv[2:], sys.argv[1], threshold=0.9, code="plain")
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([before * 1024, after * 1024]))
 """

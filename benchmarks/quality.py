@@ -1,8 +1,9 @@
 """What consolidation costs each variant, measured twice: by `moec eval` and by transformers.
 
-Consolidates a family of checkpoints at several thresholds, scores every variant on its own text
-from the pack, exports it, and scores the exported folder with transformers. The two must agree;
-the increase over the original is what sharing costs.
+Consolidates a family of checkpoints in several ways, scores every variant on its own text from the
+pack, exports it, and scores the exported folder with transformers. The two must agree (an export
+rounds decoded weights to bfloat16, the engine does not); the increase over the original is what
+sharing costs.
 
 Run: python benchmarks/quality.py
      python benchmarks/quality.py --checkpoints DIR --prefix tiny- --data DIR
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +28,12 @@ from moeconsolidate.texts import read_texts
 from moeruntime import Engine
 from moeruntime.pack import Pack
 
+RECIPES: dict[str, dict[str, object]] = {
+    "lossless": {"threshold": 1.0},
+    "default": {"threshold": 0.9},
+    "averaged": {"threshold": 0.9, "code": "plain"},
+    "0.20x": {"threshold": 0.9, "budget": "0.20x"},
+}
 TEXTS = {"base": ("english", "tldr"), "python": ("python",), "math": ("math",), "shell": ("shell",)}
 
 
@@ -58,18 +66,20 @@ def main() -> None:
     parser.add_argument("--prefix", default="mini-")
     parser.add_argument("--data", type=Path, default=EXAMPLES / "data")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[1.0, 0.9])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     arguments = parser.parse_args()
     folders = {name: arguments.checkpoints / f"{arguments.prefix}{name}" for name in TEXTS}
     data = [
         (name, arguments.data / f"{text}.jsonl") for name, texts in TEXTS.items() for text in texts
     ]
     rows = []
-    print("threshold  experts  variant  text         pack   original  increase  transformers")
-    for threshold in arguments.thresholds:
+    print("recipe     experts  variant  text         pack   original  increase  transformers")
+    for recipe in arguments.recipes:
         with tempfile.TemporaryDirectory() as temporary:
             root = Path(temporary)
-            consolidate(folders, root / "pack", threshold=threshold)
+            start_s = time.perf_counter()
+            consolidate(folders, root / "pack", **RECIPES[recipe])
+            elapsed_s = time.perf_counter() - start_s
             with Pack(root / "pack") as pack:
                 ratio = summarise(pack).expert_ratio
             scores = evaluate_pack(root / "pack", data, folders, max_windows=arguments.windows)
@@ -81,14 +91,15 @@ def main() -> None:
                     windows = windows_of(engine, name, path, 512, arguments.windows)
                     oracle = transformers_nll(exported, windows)
                     print(
-                        f"{threshold:9.2f}  {ratio:6.3f}x  {name:7s}  {path.stem:8s}  "
+                        f"{recipe:9s}  {ratio:6.3f}x  {name:7s}  {path.stem:8s}  "
                         f"{row.score.nll:8.4f}  {row.reference.nll:8.4f}  {row.increase:+8.4f}  "
                         f"{oracle:8.4f} ({abs(oracle - row.score.nll):.1e} apart)"
                     )
                     rows.append(
-                        {"threshold": threshold, "expert_ratio": ratio, "transformers": oracle}
+                        {"recipe": recipe, "expert_ratio": ratio, "transformers": oracle}
                         | row.to_json()
                     )
+            print(f"{recipe:9s}  compiled in {elapsed_s:.1f} s", flush=True)
     print_json({"benchmark": "quality", "cpu": cpu_name(), "rows": rows})
 
 

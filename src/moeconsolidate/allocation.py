@@ -1,7 +1,7 @@
 """How many bits each expert gets: the least predicted loss that a budget buys.
 
-Every matrix of every expert of every variant chooses among the options below. For a price per bit
-each choice is independent (the cheapest of cost + price * bits), so bisecting the price meets the
+Every matrix of every expert of every variant chooses among the options below. For a price per byte
+each choice is independent (the cheapest of cost + price * bytes), so bisecting the price meets the
 budget: a Lagrangian relaxation. Costs of variants are then weighted towards the variant that loses
 most, a few times over, so that no variant pays for the others.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeruntime.codes import PrivateCode
 
-__all__ = ["OPTIONS", "Unit", "allocate"]
+__all__ = ["OPTIONS", "Allocation", "Unit", "allocate"]
 
 OPTIONS: tuple[PrivateCode, ...] = tuple(
     PrivateCode(bits, step)
@@ -46,14 +46,14 @@ class Unit:
     """One matrix that members share.
 
     Attributes:
-        num_weights: R * C.
         fixed_bytes: bytes whatever is chosen: shared codes and scales.
+        bytes_O: bytes of a member's private codes under each option.
         variants: index of each member's variant.
         costs_VO: predicted loss increase of each member under each option, nats per token.
     """
 
-    num_weights: int
-    fixed_bytes: float
+    fixed_bytes: int
+    bytes_O: tuple[int, ...]
     variants: tuple[int, ...]
     costs_VO: Tensor
 
@@ -69,7 +69,7 @@ class Allocation:
     """
 
     choices: list[tuple[PrivateCode, ...]]
-    num_bytes: float
+    num_bytes: int
     losses: tuple[float, ...]
 
 
@@ -115,16 +115,14 @@ class _Problem:
     def __init__(self, units: Sequence[Unit], num_variants: int) -> None:
         self._costs_MO = torch.cat([unit.costs_VO for unit in units]).double()
         self._variant_M = torch.tensor([v for unit in units for v in unit.variants])
-        bits_O = torch.tensor([option.bits for option in OPTIONS], dtype=torch.float64)
-        weights_M = torch.tensor(
-            [unit.num_weights for unit in units for _ in unit.variants], dtype=torch.float64
+        self._bytes_MO = torch.tensor(
+            [unit.bytes_O for unit in units for _ in unit.variants], dtype=torch.float64
         )
-        self._bytes_MO = weights_M[:, None] * bits_O / 8
         self._fixed_bytes = sum(unit.fixed_bytes for unit in units)
         self._num_variants = num_variants
 
-    def num_bytes(self, chosen_M: Tensor) -> float:
-        return self._fixed_bytes + float(self._bytes_MO.gather(1, chosen_M[:, None]).sum())
+    def num_bytes(self, chosen_M: Tensor) -> int:
+        return self._fixed_bytes + int(self._bytes_MO.gather(1, chosen_M[:, None]).sum())
 
     def losses(self, chosen_M: Tensor) -> Tensor:
         costs_M = self._costs_MO.gather(1, chosen_M[:, None])[:, 0]

@@ -14,19 +14,19 @@ Legend: W windows of T tokens, N tokens of a window batch, H hidden, I intermedi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.importance import ExpertStatistics, Statistics
+from moeconsolidate.importance import ExpertStatistics, Statistics, watched_experts
 from moeruntime.families.base import ModelConfig, layer_role
 from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
 from moeruntime.models.moe import route
 
-__all__ = ["collect"]
+__all__ = ["StreamedLayer", "collect", "output_logits"]
 
 BATCH_WINDOWS = 2
 """Windows recomputed with gradients at once."""
@@ -60,18 +60,15 @@ def collect(
 
     for idx in range(config.num_layers):
         inputs_LWTH.append(hidden_WTH)
-        layer = _Layer(checkpoint, idx)
-        with torch.no_grad():
-            hidden_WTH = torch.cat(
-                [layer.forward(x, None) for x in hidden_WTH.split(BATCH_WINDOWS)]
-            )
+        layer = StreamedLayer(checkpoint, idx)
+        hidden_WTH = layer.run(hidden_WTH)
         report()
     gradient_WTH = _output_gradient(checkpoint, hidden_WTH, seed)
     layers: list[Mapping[str, ExpertStatistics]] = []
     routed = []
     for idx in reversed(range(config.num_layers)):
-        layer = _Layer(checkpoint, idx)
-        taps = _Taps(config)
+        layer = StreamedLayer(checkpoint, idx)
+        taps = _Taps(config, watched_experts(idx, config.num_experts))
         below = []
         for x, gradient in zip(
             inputs_LWTH.pop().split(BATCH_WINDOWS), gradient_WTH.split(BATCH_WINDOWS), strict=True
@@ -91,10 +88,10 @@ def collect(
 class _Taps:
     """Collects, during one layer's forward pass, what its backward pass will fill in."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, watched: Sequence[int]) -> None:
         hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
-        self.gate_up = ExpertStatistics.zeros(experts, 2 * inner, hidden)
-        self.down = ExpertStatistics.zeros(experts, hidden, inner)
+        self.gate_up = ExpertStatistics.zeros(experts, 2 * inner, hidden, watched)
+        self.down = ExpertStatistics.zeros(experts, hidden, inner, watched)
         self.num_routed_E = torch.zeros(experts, dtype=torch.int64)
         self._pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
 
@@ -117,11 +114,18 @@ class _Taps:
         self._pending.clear()
 
 
-class _Layer:
+class StreamedLayer:
     """One decoder layer of one variant in float32, differentiable, without a cache."""
 
-    def __init__(self, checkpoint: Checkpoint, idx: int) -> None:
-        self._config = config = checkpoint.config
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        idx: int,
+        *,
+        experts: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Read layer `idx`; `experts`, gate_up and down of each, stand in for its own."""
+        self._config = checkpoint.config
         self._roles = {
             name: checkpoint.read_non_expert(layer_role(idx, name)).float()
             for name in (
@@ -134,17 +138,22 @@ class _Layer:
                 "router",
             )
         }
-        self._experts = []
+        self._experts = experts or self._read_experts(checkpoint, idx)
+
+    def _read_experts(self, checkpoint: Checkpoint, idx: int) -> list[tuple[Tensor, Tensor]]:
+        config, experts = self._config, []
         row_P = torch.empty(config.expert_numel, dtype=checkpoint.expert_dtype)
         split = 2 * config.intermediate_size * config.hidden_size
         for expert in range(config.num_experts):
             checkpoint.read_expert(idx, expert, out=row_P)
-            self._experts.append(
-                (
-                    row_P[:split].float().view(-1, config.hidden_size),
-                    row_P[split:].float().view(config.hidden_size, -1),
-                )
-            )
+            gate_up_IH = row_P[:split].float().view(-1, config.hidden_size)
+            experts.append((gate_up_IH, row_P[split:].float().view(config.hidden_size, -1)))
+        return experts
+
+    @torch.no_grad()
+    def run(self, x_WTH: Tensor) -> Tensor:
+        """The layer's output, a few windows at a time, without gradients."""
+        return torch.cat([self.forward(x, None) for x in x_WTH.split(BATCH_WINDOWS)])
 
     def forward(self, x_WTH: Tensor, taps: _Taps | None) -> Tensor:
         """The layer's output for windows side by side."""
@@ -202,18 +211,28 @@ class _Layer:
         return out_NH
 
 
-def _output_gradient(checkpoint: Checkpoint, hidden_WTH: Tensor, seed: int) -> Tensor:
-    """Gradient of the summed loss at the last layer's output, a window at a time."""
+def output_logits(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
+    """The end of a model: last layer's output [T, H] -> logits [T, V], in float32."""
     config = checkpoint.config
     norm_H = checkpoint.read_non_expert("final_norm").float()
     head = "embed_tokens" if config.tie_embeddings else "lm_head"
     head_VH = checkpoint.read_non_expert(head).float()
-    generator = torch.Generator().manual_seed(seed)
     only = torch.zeros((), dtype=torch.int64)
+
+    def to_logits(hidden_TH: Tensor) -> Tensor:
+        return F.linear(rms_norm(hidden_TH, norm_H[None], only, config.rms_norm_eps), head_VH)
+
+    return to_logits
+
+
+def _output_gradient(checkpoint: Checkpoint, hidden_WTH: Tensor, seed: int) -> Tensor:
+    """Gradient of the summed loss at the last layer's output, a window at a time."""
+    to_logits = output_logits(checkpoint)
+    generator = torch.Generator().manual_seed(seed)
     gradients = []
     for window_TH in hidden_WTH:
         leaf_TH = window_TH.detach().requires_grad_()
-        logits_TV = F.linear(rms_norm(leaf_TH, norm_H[None], only, config.rms_norm_eps), head_VH)
+        logits_TV = to_logits(leaf_TH)
         drawn_T = torch.multinomial(
             logits_TV.detach().softmax(dim=-1), 1, generator=generator
         ).squeeze(1)

@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 
 SIGNAL_CODES = (130, 143)
+MAX_MESSAGE_CHARACTERS = 2000
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
@@ -85,7 +86,17 @@ Code = Annotated[
     str | None,
     typer.Option(
         help="nested: shared bits and a few private ones for each variant. plain: one merged "
-        "expert as it is. Default: plain at threshold 1.0, nested below."
+        "expert as it is. Default: plain with --merge and at threshold 1.0, nested otherwise."
+    ),
+]
+Merge = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RULE",
+        help="How one plain expert is made of those that share a slot: average, first, "
+        "frequency-weighted, regmean, round-robin, task-arithmetic or ties. These are published, "
+        "and there to compare with: nested codes lose far less. Where a rule has a base, it is the "
+        "first model.",
     ),
 ]
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="A pack's folder.")]
@@ -135,6 +146,7 @@ def consolidate(
     max_loss: MaxLoss = None,
     calibration: CalibrationTexts = None,
     code: Code = None,
+    merge: Merge = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -162,13 +174,14 @@ def consolidate(
     from moeconsolidate.report import summarise
     from moeruntime.pack import Pack
 
-    if plan is not None and (budget is not None or max_loss is not None or code is not None):
-        raise UsageError("--plan has the budget, the loss and the code in it; leave those out")
+    if plan is not None and any(one is not None for one in (budget, max_loss, code, merge)):
+        raise UsageError("--plan has budget, loss, code and merge rule in it; leave those out")
     with progress(quiet=quiet) as on_progress:
         result = compile_pack(
             models,
             out,
             threshold=threshold,
+            merge=merge,
             code=code,
             budget=budget,
             max_loss=max_loss,
@@ -196,6 +209,7 @@ def make_plan(
     max_loss: MaxLoss = None,
     calibration: CalibrationTexts = None,
     code: Code = None,
+    merge: Merge = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -220,6 +234,7 @@ def make_plan(
         plan = decide(
             models,
             threshold=threshold,
+            merge=merge,
             code=code,
             budget=budget,
             max_loss=max_loss,
@@ -383,6 +398,67 @@ def evaluate(
         print_scores(rows)
 
 
+@app.command()
+def report(
+    pack: PackArgument,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to make.")
+    ],
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `moec eval --json` printed: adds each loss."),
+    ] = None,
+    curve: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A JSON list of {method, bytes, worst, mean}, bytes of experts against separate "
+            "models': adds the curve of loss against bytes.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw a pack as one HTML file: sizes, sharing, precision and similarity of experts.
+
+    The file needs no network and nothing beside it. Reads every expert once. Needs matplotlib: pip
+    install 'moec[report]'.
+
+    \b
+    Examples:
+      moec report pack --out report.html
+      moec eval --artifact pack --data math=math.jsonl --json > scores.json
+      moec report pack --scores scores.json --out report.html
+    """
+    from dataclasses import asdict
+
+    from moeconsolidate.console import progress
+    from moeconsolidate.html_report import read_curve, read_scores, render_report
+    from moeconsolidate.publish import check_target, write_file
+    from moeruntime.pack import Pack
+
+    check_target(out, inputs=[pack])
+    with Pack(pack) as opened, progress(quiet=quiet) as on_progress:
+        page, layers = render_report(
+            opened,
+            scores=read_scores(scores, opened.manifest.variant_names) if scores else (),
+            curve=read_curve(curve) if curve else (),
+            on_progress=on_progress,
+        )
+    contents = page.encode("utf-8")
+    write_file(out, contents)
+    if as_json:
+        _print_json(
+            {
+                "report": str(out),
+                "bytes": len(contents),
+                "similarity": [asdict(layer) for layer in layers],
+            }
+        )
+    else:
+        typer.echo(f"{out}: {len(contents)} bytes")
+
+
 register(app)
 
 
@@ -431,6 +507,9 @@ def _complain(message: str, code: int) -> int:
     """Print one line, whatever characters file names and values put into it."""
     if os.environ.get("MOEC_TRACEBACK"):
         traceback.print_exc()
+    half = MAX_MESSAGE_CHARACTERS // 2
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        message = f"{message[:half]} ... {message[-half:]}"
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
     with suppress(OSError):  # nobody reads it, or it is on a full disk
         print(f"moec: error: {line}", file=sys.stderr, flush=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-__all__ = ["cluster_labels", "identity_labels"]
+__all__ = ["average_linkage", "cluster_labels", "identity_labels"]
 
 
 def cluster_labels(similarity_EE: Tensor, threshold: float) -> list[int]:
@@ -25,10 +26,15 @@ def cluster_labels(similarity_EE: Tensor, threshold: float) -> list[int]:
     Returns:
         One label a row, numbered from 0 by first appearance.
     """
+    tree = average_linkage(similarity_EE)
+    return identity_labels(fcluster(tree, t=1.0 - threshold, criterion="distance").tolist())
+
+
+def average_linkage(similarity_EE: Tensor) -> NDArray[np.float64]:
+    """The tree that `cluster_labels` cuts, as SciPy's linkage matrix; heights are distances."""
     distance_EE = 1.0 - similarity_EE.double().numpy()
     np.fill_diagonal(distance_EE, 0.0)
-    tree = linkage(squareform(distance_EE, checks=False), method="average")
-    return identity_labels(fcluster(tree, t=1.0 - threshold, criterion="distance").tolist())
+    return linkage(squareform(distance_EE, checks=False), method="average")
 
 
 def identity_labels(keys: Iterable[Hashable]) -> list[int]:

@@ -6,19 +6,20 @@ Slots with equally many members are coded together, as many at once as fit a bou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moeconsolidate.allocation import OPTIONS, Unit
 from moeconsolidate.encoding import encode
-from moeconsolidate.importance import Importance, Statistics
+from moeconsolidate.importance import Importance, Statistics, watched_experts
 from moeconsolidate.plan import ExpertRef, LayerPlan
-from moeruntime.codes import NestedCode, PrivateCode, nested_bytes, pack_planes
+from moeruntime.codes import NestedCode, PrivateCode, nested_bytes, pack_planes, plane_bytes
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import EXPERT_PARTS
 
-__all__ = ["code_layer", "layer_units", "nested_format"]
+__all__ = ["Coherence", "code_layer", "decode_layer", "layer_units", "nested_format"]
 
 SHARED_BITS = 4
 TILE_COLUMNS, SMALL_GROUP = 128, 32
@@ -29,6 +30,9 @@ SCRATCH_WEIGHTS = 2**26
 
 SAMPLE_STRIDE = 16
 """Costs of options are estimated from every so many rows."""
+
+MAX_COHERENCE = 4.0
+"""Errors that cost more than this against independent ones are taken for a small sample's noise."""
 
 Slots = Sequence[Sequence[ExpertRef]]
 
@@ -91,6 +95,33 @@ def code_layer(
     return shared, [dict(sorted(tensors.items())) for tensors in private]
 
 
+def decode_layer(
+    plan: LayerPlan, experts_EP: Tensor, config: ModelConfig, statistics: Sequence[Statistics]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Code a layer quickly, without sweeps, and decode it: variant -> expert -> gate_up, down."""
+    nested = nested_format(config)
+    found: dict[tuple[ExpertRef, str], Tensor] = {}
+    for idx, part in enumerate(EXPERT_PARTS):
+        for batch in _batches(plan.slots, config):
+            members = [plan.slots[slot] for slot in batch]
+            codes = [[pair[idx] for pair in plan.codes[slot]] for slot in batch]
+            weights_NVRC = _gather(experts_EP, members, part, config)
+            importance = _importance(statistics, plan.layer, part, members)
+            coded = encode(weights_NVRC, nested[part], codes, importance, sweeps=0)
+            for refs, weights_VRC in zip(members, coded.weights_NVRC, strict=True):
+                found |= {(ref, part): w for ref, w in zip(refs, weights_VRC, strict=True)}
+    return [
+        [
+            (
+                found[ExpertRef(variant, expert), "gate_up"],
+                found[ExpertRef(variant, expert), "down"],
+            )
+            for expert in range(config.num_experts)
+        ]
+        for variant in range(len(statistics))
+    ]
+
+
 def layer_units(
     layer: int,
     slots: Slots,
@@ -119,13 +150,61 @@ def layer_units(
             for n, slot in enumerate(batch):
                 none = [PrivateCode(0, 0)] * len(members[n])
                 found[slot] = Unit(
-                    num_rows * num_columns,
                     nested_bytes(num_rows, num_columns, nested[part], none),
+                    tuple(plane_bytes(num_rows, num_columns, one.bits) for one in OPTIONS),
                     tuple(member.variant_idx for member in members[n]),
                     costs[n],
                 )
         units += [found[slot] for slot in range(len(slots))]
     return units
+
+
+class Coherence:
+    """How much more errors cost than `Importance` says, for each part, variant and option.
+
+    Watched experts are rounded plainly under every option, and what that costs on sampled tokens is
+    compared with what independent outputs would cost.
+    """
+
+    def __init__(self, num_variants: int) -> None:
+        """Nothing compared yet."""
+        shape = (len(EXPERT_PARTS), num_variants, len(OPTIONS))
+        self._exact, self._independent = torch.zeros(shape), torch.zeros(shape)
+
+    def watch(
+        self,
+        layer: int,
+        slots: Slots,
+        experts_EP: Tensor,
+        config: ModelConfig,
+        nested: Mapping[str, NestedCode],
+        statistics: Sequence[Statistics],
+    ) -> None:
+        """Compare the watched experts of a layer."""
+        watched = watched_experts(layer, config.num_experts)
+        for idx, part in enumerate(EXPERT_PARTS):
+            for members in (slot for slot in slots if slot[0].expert in watched):
+                weights_NVRC = _gather(experts_EP, [members], part, config)
+                for number, option in enumerate(OPTIONS):
+                    coded = encode(weights_NVRC, nested[part], [[option] * len(members)])
+                    errors_VRC = (coded.weights_NVRC - weights_NVRC)[0]
+                    for ref, error_RC in zip(members, errors_VRC, strict=True):
+                        sums = statistics[ref.variant_idx].layers[layer][part]
+                        if sums.samples.get(ref.expert):
+                            exact, independent = sums.coherence(ref.expert, error_RC)
+                            self._exact[idx, ref.variant_idx, number] += exact
+                            self._independent[idx, ref.variant_idx, number] += independent
+
+    def correct(self, units: Sequence[Unit], parts: Sequence[str]) -> list[Unit]:
+        """Multiply the costs of units by what was found; `parts` names each unit's part."""
+        ratio = (self._exact / self._independent.clamp_min(1e-30)).clamp(1.0, MAX_COHERENCE)
+        return [
+            replace(
+                unit,
+                costs_VO=unit.costs_VO * ratio[EXPERT_PARTS.index(part), list(unit.variants)],
+            )
+            for unit, part in zip(units, parts, strict=True)
+        ]
 
 
 def _batches(slots: Slots, config: ModelConfig) -> Iterator[list[int]]:

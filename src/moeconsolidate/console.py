@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moeconsolidate.plan import OnProgress, Progress
-from moeconsolidate.report import LayerSummary, PackSummary
+from moeconsolidate.report import PackSummary, format_bytes, sharing_lines
 
 if TYPE_CHECKING:
     from moeconsolidate.evaluation import EvaluationRow
@@ -53,18 +53,18 @@ def print_summary(summary: PackSummary) -> None:
     num_experts = sum(layer.num_experts for layer in summary.layers)
     table.add_row(
         f"experts: {num_slots} slots for {num_experts}",
-        _bytes(summary.expert_bytes),
-        _bytes(summary.separate_expert_bytes),
+        format_bytes(summary.expert_bytes),
+        format_bytes(summary.separate_expert_bytes),
         f"{summary.expert_ratio:.1%}",
     )
-    table.add_row("other weights in common", _bytes(summary.common_bytes), "", "")
+    table.add_row("other weights in common", format_bytes(summary.common_bytes), "", "")
     for variant in summary.variants:
-        table.add_row(f"other weights of {variant.name}", _bytes(variant.own_bytes), "", "")
+        table.add_row(f"other weights of {variant.name}", format_bytes(variant.own_bytes), "", "")
     table.add_section()
     table.add_row(
         "all tensors",
-        _bytes(summary.pack_bytes),
-        _bytes(summary.separate_bytes),
+        format_bytes(summary.pack_bytes),
+        format_bytes(summary.separate_bytes),
         f"{summary.pack_ratio:.1%}",
     )
     _print(table)
@@ -84,7 +84,10 @@ def print_sharing(summary: PackSummary) -> None:
     table.add_column("shared")
     for layer in summary.layers:
         table.add_row(
-            str(layer.layer), str(layer.num_slots), str(layer.num_experts), _sharing(layer)
+            str(layer.layer),
+            str(layer.num_slots),
+            str(layer.num_experts),
+            "\n".join(sharing_lines(layer)) or "none",
         )
     _print(table)
 
@@ -107,7 +110,7 @@ def print_plan(plan: ConsolidationPlan) -> None:
         table.add_row(str(layer.layer), str(len(layer.slots)), str(num_experts), *means)
     _print(table)
     if plan.prediction is not None:
-        print(f"experts: {_bytes(plan.prediction.expert_bytes)}")
+        print(f"experts: {format_bytes(plan.prediction.expert_bytes)}")
         for name, loss in plan.prediction.losses.items():
             print(f"predicted loss of {name}: {loss:+.4f} nats per token")
 
@@ -135,22 +138,6 @@ def print_scores(rows: Sequence[EvaluationRow]) -> None:
             *compared,
         )
     _print(table)
-
-
-def _sharing(layer: LayerSummary) -> str:
-    """One line for all slots that join experts of the same number; the others one by one."""
-    aligned: dict[tuple[str, ...], list[int]] = {}
-    mixed: list[str] = []
-    for slot in layer.shared:
-        numbers = {expert for _, expert in slot.members}
-        if len(numbers) == 1:
-            aligned.setdefault(tuple(name for name, _ in slot.members), []).extend(numbers)
-        else:
-            mixed.append(" = ".join(f"{name} {expert}" for name, expert in slot.members))
-    lines = [
-        f"{' = '.join(names)}: {' '.join(map(str, numbers))}" for names, numbers in aligned.items()
-    ]
-    return "\n".join(lines + mixed) or "none"
 
 
 def _print(table: object) -> None:
@@ -188,13 +175,3 @@ def _bars() -> Iterator[OnProgress]:
             bars.update(tasks[step.stage], completed=step.done)  # type: ignore[arg-type]
 
         yield on_progress
-
-
-def _bytes(num_bytes: int) -> str:
-    """Decimal units, as disks and hubs count."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if unit != "B" else f"{num_bytes} B"

@@ -29,8 +29,12 @@ __all__ = ["NestedCodes", "encode"]
 BLOCK_COLUMNS = 32
 """Columns between two updates of all that follow; a matter of speed alone."""
 
-SCALE_FACTORS = tuple(0.45 + 0.05 * step for step in range(13))
+COARSE_FACTORS, FINE_OFFSETS = (0.6, 0.8, 1.0), (-0.1, -0.05, 0.05, 0.1)
 """Scales tried, as parts of the one that just covers a group's largest weight."""
+
+LEAST_WEIGHT = 2.0**-100
+"""Groups of nothing larger are scaled as if this were in them: no level is 0, so a group of zeros
+comes out as small as this, and no scale rounds to 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,26 +159,39 @@ class _Rule:
 
 
 def _search_scales(weights_NVRC: Tensor, diagonal_NVRC: Tensor, rule: _Rule) -> Tensor:
-    """One scale a group: of a few candidates, the one with the least weighted rounding error."""
+    """One scale a group: of a few candidates, the one with the least weighted rounding error.
+
+    First a coarse grid, the same for all groups, then each group's neighbours of its own best.
+    """
     num_columns = weights_NVRC.shape[-1]
     num_scales = scale_columns(num_columns, rule.group)
     shape = (*weights_NVRC.shape[:-1], num_scales, rule.group)
     padding = (0, num_scales * rule.group - num_columns)
-    largest = torch.nn.functional.pad(weights_NVRC.abs(), padding).view(shape).amax(dim=(1, 4))
-    # A group of zeros takes any scale; one is as good as another.
-    largest = torch.where(largest > 0, largest, 1.0)
-    best_NRG = torch.zeros(())
-    least_NRG = torch.full_like(largest, torch.inf)
-    for factor in SCALE_FACTORS:
-        scale_NRG = (largest * (factor / rule.largest)).bfloat16().float()
+
+    def by_group(x: Tensor) -> Tensor:
+        return (torch.nn.functional.pad(x, padding) if padding[1] else x).view(shape)
+
+    largest = by_group(weights_NVRC.abs()).amax(dim=(1, 4))
+    unit_NRG = largest.clamp_min(LEAST_WEIGHT) / rule.largest
+    best_NRG = torch.ones_like(unit_NRG)
+    least_NRG = torch.full_like(unit_NRG, torch.inf)
+
+    def try_factor(factor_NRG: Tensor) -> None:
+        scale_NRG = (unit_NRG * factor_NRG).bfloat16().float()
         step = _spread(scale_NRG, rule.group, num_columns)[:, None]
         level, _, _ = rule.choose(weights_NVRC / step, diagonal_NVRC)
-        error = (level * step - weights_NVRC).square() * diagonal_NVRC
-        error_NRG = torch.nn.functional.pad(error, padding).view(shape).sum(dim=(1, 4))
+        error = (level * step - weights_NVRC).square_().mul_(diagonal_NVRC)
+        error_NRG = by_group(error).sum(dim=(1, 4))
         better = error_NRG < least_NRG
-        best_NRG = torch.where(better, scale_NRG, best_NRG)
-        least_NRG = torch.where(better, error_NRG, least_NRG)
-    return best_NRG
+        best_NRG.copy_(torch.where(better, factor_NRG, best_NRG))
+        least_NRG.copy_(torch.where(better, error_NRG, least_NRG))
+
+    for factor in COARSE_FACTORS:
+        try_factor(torch.full_like(unit_NRG, factor))
+    coarse_NRG = best_NRG.clone()
+    for offset in FINE_OFFSETS:
+        try_factor(coarse_NRG + offset)
+    return (unit_NRG * best_NRG).bfloat16().float()
 
 
 def _spread(scale_NRG: Tensor, group: int, num_columns: int) -> Tensor:

@@ -24,7 +24,7 @@ from moeconsolidate.plan import LOSSLESS_THRESHOLD, OnProgress, Progress
 from moeconsolidate.publish import check_target, require_disk, staged_folder, write_file
 from moeconsolidate.shards import INDEX_FILE, SINGLE_FILE
 from moeruntime.errors import IntegrityError, UsageError
-from moeruntime.pack import Pack
+from moeruntime.pack import Manifest, Pack
 from moeruntime.tensorfile import DTYPES, TensorFileWriter
 
 __all__ = ["DEFAULT_SHARD_BYTES", "export_variant"]
@@ -88,13 +88,20 @@ def export_variant(
         with staged_folder(target) as folder:
             digests = _write_shards(folder, _shards(outputs, max_shard_bytes), on_progress)
             _copy_side_files(pack, name, folder)
-            lossless = pack.manifest.recipe.get("threshold") == LOSSLESS_THRESHOLD
-            if lossless and content_sha256(pack.manifest.config, digests) != variant.content_sha256:
+            if (
+                _lossless(pack.manifest)
+                and content_sha256(pack.manifest.config, digests) != variant.content_sha256
+            ):
                 raise IntegrityError(
                     f"{pack.root}: variant '{name}' is not the model that was consolidated; "
                     "`moec verify` tells which file is damaged"
                 )
     return target
+
+
+def _lossless(manifest: Manifest) -> bool:
+    """Whether a variant comes out as it went in; codes round even where nothing is shared."""
+    return manifest.nested is None and manifest.recipe.get("threshold") == LOSSLESS_THRESHOLD
 
 
 def _outputs(pack: Pack, name: str) -> Iterator[_Output]:

@@ -13,19 +13,35 @@ Legend: E experts, R rows (outputs), C columns (inputs); N slots, V members of a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["ExpertStatistics", "Importance", "Statistics"]
+__all__ = ["ExpertStatistics", "Importance", "Statistics", "watched_experts"]
 
 FLOOR = 0.1
 """Part of the layer's mean that every expert is given, however rarely calibration routes to it."""
 
 DAMPING = 0.01
-"""Part of the mean diagonal that is added to A, so that inputs never seen still count."""
+"""Part of A's mean diagonal that is added to it, so that inputs never seen still count; and the
+least part of b's mean that an output is given."""
+
+LEAST = 1e-20
+"""Taken for the mean where no gradient reaches a layer at all: then all weights matter alike."""
+
+
+SAMPLE_STRIDE = 8
+"""Of a watched expert's tokens every so many are kept."""
+
+WATCH_STRIDE = 6
+"""Of all experts every so many are watched."""
+
+
+def watched_experts(layer: int, num_experts: int) -> list[int]:
+    """Experts of a layer whose tokens are sampled."""
+    return [e for e in range(num_experts) if (layer * num_experts + e) % WATCH_STRIDE == 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +52,22 @@ class ExpertStatistics:
         inputs_ECC: sum of |d|^2 x x^T, float32: x the matrix' input, d the loss gradient at its
             output.
         outputs_ER: sum of d_i^2.
+        samples: expert -> some of its (x, d), for experts that are watched closely.
     """
 
     inputs_ECC: Tensor
     outputs_ER: Tensor
+    samples: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, num_experts: int, num_rows: int, num_columns: int) -> ExpertStatistics:
-        """Nothing counted yet."""
+    def zeros(
+        cls, num_experts: int, num_rows: int, num_columns: int, watched: Iterable[int] = ()
+    ) -> ExpertStatistics:
+        """Nothing counted yet; tokens of `watched` experts will be kept."""
         return cls(
-            torch.zeros(num_experts, num_columns, num_columns), torch.zeros(num_experts, num_rows)
+            torch.zeros(num_experts, num_columns, num_columns),
+            torch.zeros(num_experts, num_rows),
+            {expert: [] for expert in watched},
         )
 
     def add(self, expert: int, x_NC: Tensor, gradient_NR: Tensor) -> None:
@@ -54,6 +76,25 @@ class ExpertStatistics:
         weighted_NC = x_NC * squares_NR.sum(dim=1, keepdim=True)
         self.inputs_ECC[expert].addmm_(weighted_NC.T, x_NC)
         self.outputs_ER[expert] += squares_NR.sum(dim=0)
+        if expert in self.samples:
+            self.samples[expert].append(
+                (x_NC[::SAMPLE_STRIDE].clone(), gradient_NR[::SAMPLE_STRIDE].clone())
+            )
+
+    def coherence(self, expert: int, error_RC: Tensor) -> tuple[float, float]:
+        """The cost of an error on the sampled tokens, exactly and as `Importance` has it.
+
+        `Importance` takes the outputs' errors for independent. Where a fine-tune's own change is
+        lost they are not: they add up to what the fine-tune was trained to do.
+        """
+        x_NC, gradient_NR = (torch.cat(parts) for parts in zip(*self.samples[expert], strict=True))
+        change_NR = x_NC @ error_RC.T
+        exact = (gradient_NR * change_NR).sum(dim=1).square().sum() / 2
+        squares_NR = gradient_NR.square()
+        share_R = squares_NR.sum(dim=0) / squares_NR.sum().clamp_min(1e-30)
+        weight_N = squares_NR.sum(dim=1)
+        independent = ((change_NR.square() * share_R).sum(dim=1) * weight_N).sum() / 2
+        return float(exact), float(independent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +116,12 @@ class Statistics:
         sums = self.layers[layer][part]
         inputs_ECC = sums.inputs_ECC / self.num_tokens
         inputs_ECC = inputs_ECC + FLOOR * inputs_ECC.mean(dim=0)
-        mean_E = inputs_ECC.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+        mean_E = inputs_ECC.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(LEAST)
         inputs_ECC.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean_E[:, None])
         outputs_ER = sums.outputs_ER + FLOOR * sums.outputs_ER.mean(dim=0)
+        outputs_ER = outputs_ER.maximum(
+            DAMPING * outputs_ER.mean(dim=-1, keepdim=True).clamp_min(LEAST)
+        )
         outputs_ER = outputs_ER / (2 * outputs_ER.sum(dim=-1, keepdim=True))
         return Importance(inputs_ECC[:, None], outputs_ER[:, None])
 

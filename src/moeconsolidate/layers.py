@@ -37,9 +37,13 @@ class LayerReader:
         self._checkpoints, self._recipe = checkpoints, recipe
         self.experts_EP = _layer_buffer(checkpoints)
 
+    def fill(self, layer: int) -> list[str]:
+        """Read a layer; returns for each row a key that is equal for bit-identical experts."""
+        return _read_layer(self._checkpoints, layer, self.experts_EP)
+
     def read(self, layer: int) -> LayerPlan:
-        """Fill the buffer and decide what shares a slot."""
-        keys = _read_layer(self._checkpoints, layer, self.experts_EP)
+        """Read a layer and decide what shares a slot."""
+        keys = self.fill(layer)
         labels = _share(self._checkpoints, layer, self.experts_EP, keys, self._recipe)
         for checkpoint in self._checkpoints:
             checkpoint.check_unchanged()

@@ -30,12 +30,15 @@ def model_card(
         separate_bytes: tensor bytes of the variants as separate models.
     """
     recipe = plan.recipe
+    merged = f"its members merged by the rule {recipe.merge}"
+    if recipe.merge == "average":
+        merged = "the average of its members"
     rule = (
         "Only bit-identical experts share a slot: every variant comes out exactly as it went in."
         if recipe.lossless
         else f"Experts share a slot where their average {recipe.similarity} similarity "
         f"({recipe.signal}, {recipe.linkage} linkage) is at least {recipe.threshold:g}; a slot "
-        f"holds the {recipe.merge} of its members. Routers and all other weights are each "
+        f"holds {merged}. Routers and all other weights are each "
         "variant's own."
     )
     lines = [

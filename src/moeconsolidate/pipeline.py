@@ -21,8 +21,9 @@ from torch import Tensor
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format
 from moeconsolidate.compatibility import check_compatible
+from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
-from moeconsolidate.merging import MERGE_RULES, MergeRule
+from moeconsolidate.merging import MERGE_RULES, MergeRule, SlotContext
 from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Progress
 from moeconsolidate.planning import (
     calibrate,
@@ -34,6 +35,7 @@ from moeconsolidate.planning import (
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
 from moeconsolidate.writer import PackWriter
+from moeruntime.families import ModelConfig
 from moeruntime.pack import Manifest
 
 __all__ = ["ConsolidationResult", "consolidate", "make_plan"]
@@ -53,6 +55,7 @@ def consolidate(
     out: str | PathLike[str],
     *,
     threshold: float = 0.9,
+    merge: str | None = None,
     code: str | None = None,
     budget: str | None = None,
     max_loss: float | None = None,
@@ -67,8 +70,9 @@ def consolidate(
         out: where the pack is to appear; nothing may be there yet.
         threshold: cosine similarity, in [0, 1], from which experts share a slot; 1.0 shares
             bit-identical experts only.
-        code: "nested" or "plain"; None is plain at threshold 1.0, which loses nothing, and nested
-            below.
+        merge: the rule that makes one plain expert of a slot's members; None is "average".
+        code: "nested" or "plain"; None is plain where a merge rule is given and at threshold 1.0,
+            which loses nothing, and nested otherwise.
         budget: bytes that experts may take, such as "60GB", or "0.25x" of separate models'.
         max_loss: instead of a budget, the predicted loss of the worst variant, nats per token.
         calibration: variant -> JSONL files of its text. Where bits are chosen and none are given,
@@ -89,6 +93,7 @@ def consolidate(
             recipe = resolve_recipe(
                 checkpoints,
                 threshold=threshold,
+                merge=merge,
                 code=code,
                 budget=budget,
                 max_loss=max_loss,
@@ -111,7 +116,11 @@ def consolidate(
                 if nested is None:
                     layers.append(plan.layers[layer] if plan else shared)
                     merged = _merger(
-                        MERGE_RULES[recipe.merge], layers[-1], reader.experts_EP, config.num_experts
+                        MERGE_RULES[recipe.merge],
+                        layers[-1],
+                        reader.experts_EP,
+                        config,
+                        learned.statistics,
                     )
                     writer.write_layer(layers[-1], merged)
                 else:
@@ -142,6 +151,7 @@ def make_plan(
     models: Models,
     *,
     threshold: float = 0.9,
+    merge: str | None = None,
     code: str | None = None,
     budget: str | None = None,
     max_loss: float | None = None,
@@ -158,6 +168,7 @@ def make_plan(
         recipe = resolve_recipe(
             checkpoints,
             threshold=threshold,
+            merge=merge,
             code=code,
             budget=budget,
             max_loss=max_loss,
@@ -198,16 +209,33 @@ def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: O
 
 
 def _merger(
-    rule: MergeRule, plan: LayerPlan, experts_EP: Tensor, num_experts: int
+    rule: MergeRule,
+    plan: LayerPlan,
+    experts_EP: Tensor,
+    config: ModelConfig,
+    statistics: Sequence[Statistics] | None,
 ) -> Callable[[int, slice], Tensor]:
-    """Merge on demand, as the writer asks for runs of columns in the order of its file."""
+    """Merge on demand, as the writer asks for runs of columns in the order of its file.
+
+    A rule that needs whole experts has merged them all before; the result then stands in the place
+    of a slot's first member, which no other slot has.
+    """
     merged_P = torch.empty_like(experts_EP[0])
     members = [
-        [experts_EP[ref.variant_idx * num_experts + ref.expert] for ref in slot]
+        [experts_EP[ref.variant_idx * config.num_experts + ref.expert] for ref in slot]
         for slot in plan.slots
     ]
+    contexts = [
+        SlotContext(plan.layer, slot, refs, config, statistics)
+        for slot, refs in enumerate(plan.slots)
+    ]
+    if rule.whole_experts:
+        for rows, context in zip(members, contexts, strict=True):
+            rows[0].copy_(rule(rows, context, out=merged_P))
+        return lambda slot, columns: members[slot][0][columns]
 
     def merged(slot: int, columns: slice) -> Tensor:
-        return rule([row_P[columns] for row_P in members[slot]], out=merged_P[columns])
+        rows = [row_P[columns] for row_P in members[slot]]
+        return rule(rows, contexts[slot], out=merged_P[columns])
 
     return merged

@@ -26,10 +26,21 @@ _CHOICES = {
     "similarity": ("cosine",),
     "signal": ("weights",),
     "linkage": ("average",),
-    "merge": ("average",),
+    "merge": (
+        "average",
+        "first",
+        "frequency-weighted",
+        "regmean",
+        "round-robin",
+        "task-arithmetic",
+        "ties",
+    ),
     "code": ("nested", "plain"),
     "calibration": ("none", "self", "text"),
 }
+CALIBRATED_MERGES = ("frequency-weighted", "regmean")
+"""Merge rules that need calibration."""
+
 DEFAULT_CODES = (PrivateCode(3, 2), PrivateCode(3, 2))
 """Private codes of every expert where no budget decides: small losses without any data."""
 
@@ -99,6 +110,10 @@ class Recipe:
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"{name} '{value}' is unknown; known: {', '.join(known)}")
+        if self.merge != "average" and self.code != "plain":
+            raise UsageError(f"merge '{self.merge}' makes plain experts, not {self.code} codes")
+        if self.merge in CALIBRATED_MERGES and self.calibration == "none":
+            raise UsageError(f"merge '{self.merge}' needs calibration, with text or by itself")
 
     @property
     def lossless(self) -> bool:
@@ -118,15 +133,20 @@ class Recipe:
     def from_json(cls, source: Fields) -> Recipe:
         """Read what `to_json` wrote; unknown keys are errors."""
         texts = source.child("texts")
-        recipe = cls(
-            threshold=source.number("threshold", 0.0, 1.0),
-            **{name: source.text(name) for name in _CHOICES},
-            budget_bytes=_optional(
-                source, "budget_bytes", lambda: source.integer("budget_bytes", 1, 2**62)
-            ),
-            max_loss=_optional(source, "max_loss", lambda: source.number("max_loss", 0.0, 100.0)),
-            texts={name: texts.text(name) for name in texts.keys()},
-        )
+        try:
+            recipe = cls(
+                threshold=source.number("threshold", 0.0, 1.0),
+                **{name: source.text(name) for name in _CHOICES},
+                budget_bytes=_optional(
+                    source, "budget_bytes", lambda: source.integer("budget_bytes", 1, 2**62)
+                ),
+                max_loss=_optional(
+                    source, "max_loss", lambda: source.number("max_loss", 0.0, 100.0)
+                ),
+                texts={name: texts.text(name) for name in texts.keys()},
+            )
+        except UsageError as problem:  # here it is the document that makes no sense
+            source.fail(str(problem))
         source.done()
         return recipe
 
@@ -286,15 +306,13 @@ def _codes_from_json(
         fields.fail("field 'codes' must have an entry for every member of every slot")
     codes = []
     for pair in flat:
-        values = [
-            PrivateCode(*numbers)
-            for one in Fields({"codes": pair}, fields.where, InputError).sequence("codes")
-            if len(
-                numbers := Fields({"code": one}, fields.where, InputError).integers("code", 0, 127)
-            )
-            == 2
+        one = Fields({"codes": pair}, fields.where, InputError)
+        numbers = [
+            Fields({"code": code}, fields.where, InputError).integers("code", 0, 127)
+            for code in one.sequence("codes")
         ]
-        if len(values) != 2 or not all(code.valid() for code in values):
+        values = [PrivateCode(*code) for code in numbers if len(code) == 2]
+        if len(numbers) != 2 or len(values) != 2 or not all(code.valid() for code in values):
             fields.fail("a code must be two pairs [bits, step], for gate_up and down")
         codes.append((values[0], values[1]))
     taken = iter(codes)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moeconsolidate.allocation import Unit, allocate
+import torch
+from torch import Tensor
+
+from moeconsolidate.allocation import Allocation, Unit, allocate
 from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.coding import layer_units, nested_format
+from moeconsolidate.coding import Coherence, layer_units, nested_format
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
+from moeconsolidate.measuring import MeasuredLoss, measure
 from moeconsolidate.plan import (
+    CALIBRATED_MERGES,
     DEFAULT_CODES,
     LOSSLESS_THRESHOLD,
     ConsolidationPlan,
@@ -23,8 +28,9 @@ from moeconsolidate.plan import (
     Progress,
     Recipe,
 )
-from moeconsolidate.texts import sampled_windows, text_windows, windows_sha256
+from moeconsolidate.texts import sampled_windows, text_windows
 from moeruntime.errors import UsageError
+from moeruntime.pack.manifest import EXPERT_PARTS
 
 __all__ = [
     "Calibration",
@@ -34,6 +40,9 @@ __all__ = [
     "resolve_recipe",
     "with_default_codes",
 ]
+
+MAX_CORRECTION = 4.0
+"""No variant is believed to lose less than this part of what its KL divergence suggests."""
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -45,16 +54,19 @@ class Calibration:
     Attributes:
         statistics: of each variant, in order; None where there was none.
         texts: variant -> sha256 of its tokens.
+        held_out: of each variant, windows [W, T] that nothing was learned from.
     """
 
     statistics: Sequence[Statistics] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    held_out: Sequence[Tensor] = ()
 
 
 def resolve_recipe(
     checkpoints: Sequence[Checkpoint],
     *,
     threshold: float,
+    merge: str | None,
     code: str | None,
     budget: str | None,
     max_loss: float | None,
@@ -66,20 +78,17 @@ def resolve_recipe(
         UsageError: a value is out of range, or the choices contradict each other.
     """
     chooses = budget is not None or max_loss is not None
-    names = {checkpoint.name for checkpoint in checkpoints}
-    if stray := sorted(set(texts) - names):
-        raise UsageError(
-            f"calibration for '{stray[0]}', which is no variant; there are: {', '.join(names)}"
-        )
-    if texts and (missing := sorted(names - set(texts))):
-        raise UsageError(f"calibration text is given for some variants, but not for {missing[0]}")
+    _check_texts(texts, checkpoints)
     if code is None:
-        code = "plain" if threshold == LOSSLESS_THRESHOLD and not chooses else "nested"
-    calibration = "text" if texts else "self" if chooses else "none"
+        merges = merge is not None or (threshold == LOSSLESS_THRESHOLD and not chooses)
+        code = "plain" if merges else "nested"
+    learns = merge in CALIBRATED_MERGES
+    calibration = "text" if texts else "self" if chooses or learns else "none"
     return Recipe(
         threshold=threshold,
+        merge=merge or "average",
         code=code,
-        calibration=calibration if code == "nested" else "none",
+        calibration=calibration if code == "nested" or learns else "none",
         budget_bytes=None if budget is None else _budget_bytes(budget, checkpoints),
         max_loss=max_loss,
     )
@@ -101,27 +110,29 @@ def calibrate(
         return Calibration()
     if recipe.calibration == "text" and not texts:
         raise UsageError("the plan was made with calibration text; give the same --calibration")
-    statistics, digests = [], {}
+    _check_texts(texts, checkpoints)
+    statistics, digests, held_out = [], {}, []
     total = 2 * checkpoints[0].config.num_layers * len(checkpoints)
     for idx, checkpoint in enumerate(checkpoints):
         if recipe.calibration == "text":
-            windows_WT = text_windows(checkpoint, texts[checkpoint.name])
+            windows = text_windows(checkpoint, texts[checkpoint.name])
         else:
-            windows_WT = sampled_windows(checkpoint)
-        digests[checkpoint.name] = windows_sha256(windows_WT)
+            windows = sampled_windows(checkpoint)
+        held_out.append(windows.held_out)
+        digests[checkpoint.name] = windows.sha256
         if recipe.texts and recipe.texts.get(checkpoint.name) != digests[checkpoint.name]:
             raise UsageError(f"'{checkpoint.name}': the plan was made with other calibration text")
         before = total * idx // len(checkpoints)
         statistics.append(
             collect(
                 checkpoint,
-                windows_WT,
+                windows.learned,
                 on_layer=lambda done, before=before: report(  # type: ignore[misc]
                     Progress("calibration", before + done, total)
                 ),
             )
         )
-    return Calibration(statistics, digests)
+    return Calibration(statistics, digests, held_out)
 
 
 def plan_layers(
@@ -140,18 +151,17 @@ def plan_layers(
     reader = LayerReader(checkpoints, recipe)
     plans: list[LayerPlan] = []
     units: list[Unit] = []
+    parts: list[str] = []
+    coherence = Coherence(len(checkpoints))
+    nested = nested_format(config)
     for layer in range(config.num_layers):
         plan = reader.read(layer)
         if recipe.allocated:
             assert calibration.statistics is not None
-            units += layer_units(
-                layer,
-                plan.slots,
-                reader.experts_EP,
-                config,
-                nested_format(config),
-                calibration.statistics,
-            )
+            layer_of = (layer, plan.slots, reader.experts_EP, config, nested)
+            units += layer_units(*layer_of, calibration.statistics)
+            parts += [part for part in EXPERT_PARTS for _ in plan.slots]
+            coherence.watch(*layer_of, calibration.statistics)
         elif recipe.code == "nested":
             plan = with_default_codes(plan)
         plans.append(plan)
@@ -161,7 +171,33 @@ def plan_layers(
     budget_bytes = None
     if recipe.budget_bytes is not None:
         budget_bytes = recipe.budget_bytes - _map_bytes(checkpoints)
-    chosen = allocate(units, len(checkpoints), budget_bytes=budget_bytes, max_loss=recipe.max_loss)
+    units = coherence.correct(units, parts)
+    chosen = _allocate(units, len(checkpoints), recipe, budget_bytes)
+    measured = measure(
+        checkpoints,
+        _with_choices(plans, chosen),
+        reader,
+        calibration.statistics or (),
+        calibration.held_out,
+    )
+    report(Progress("measuring", 1, 1))
+    ratio_V = torch.tensor(_ratios(measured, chosen.losses))
+    units = [
+        replace(unit, costs_VO=unit.costs_VO * ratio_V[list(unit.variants), None]) for unit in units
+    ]
+    chosen = _allocate(units, len(checkpoints), recipe, budget_bytes)
+    names = [checkpoint.name for checkpoint in checkpoints]
+    prediction = Prediction(
+        math.ceil(chosen.num_bytes), dict(zip(names, chosen.losses, strict=True))
+    )
+    return ConsolidationPlan(recipe, tuple(_with_choices(plans, chosen)), prediction)
+
+
+def _allocate(
+    units: Sequence[Unit], num_variants: int, recipe: Recipe, budget_bytes: int | None
+) -> Allocation:
+    """Choose bits, and complain if what was asked for cannot be had."""
+    chosen = allocate(units, num_variants, budget_bytes=budget_bytes, max_loss=recipe.max_loss)
     if budget_bytes is not None and chosen.num_bytes > budget_bytes:
         raise UsageError(
             f"a budget of {recipe.budget_bytes} bytes is too small: without any private bits the "
@@ -172,21 +208,38 @@ def plan_layers(
             f"a max loss of {recipe.max_loss} is out of reach: with the most bits the predicted "
             f"loss is {max(chosen.losses):.2g}; --threshold 1.0 loses nothing"
         )
+    return chosen
+
+
+def _with_choices(plans: Sequence[LayerPlan], chosen: Allocation) -> list[LayerPlan]:
+    """Hand the choices out: units are a layer's gate_up slot by slot, then its down."""
     choices = iter(chosen.choices)
     coded = []
     for plan in plans:
         gate_up = [next(choices) for _ in plan.slots]
         down = [next(choices) for _ in plan.slots]
-        coded.append(
-            plan.with_codes(
-                [list(zip(g, d, strict=True)) for g, d in zip(gate_up, down, strict=True)]
-            )
-        )
-    names = [checkpoint.name for checkpoint in checkpoints]
-    prediction = Prediction(
-        math.ceil(chosen.num_bytes), dict(zip(names, chosen.losses, strict=True))
-    )
-    return ConsolidationPlan(recipe, tuple(coded), prediction)
+        pairs = [list(zip(g, d, strict=True)) for g, d in zip(gate_up, down, strict=True)]
+        coded.append(plan.with_codes(pairs))
+    return coded
+
+
+def _ratios(measured: Sequence[MeasuredLoss], predicted: Sequence[float]) -> list[float]:
+    """How much more each variant loses than was predicted.
+
+    A small loss drowns in what windows differ by, while the KL divergence, which it goes with, does
+    not. So the loss that the divergence suggests is a second opinion, as uncertain as it is large,
+    and the two are weighed by their variances.
+    """
+    total_kl = sum(one.kl for one in measured)
+    per_kl = max(sum(one.nll_increase for one in measured), 0.1 * total_kl) / max(total_kl, 1e-30)
+    ratios = []
+    for one, loss in zip(measured, predicted, strict=True):
+        expected = max(per_kl * one.kl, 1e-30)
+        trust = expected**2 / (expected**2 + one.standard_error**2)
+        estimate = trust * one.nll_increase + (1 - trust) * expected
+        ratio = max(estimate, expected / MAX_CORRECTION) / max(loss, 1e-30)
+        ratios.append(math.sqrt(ratio))
+    return ratios
 
 
 def check_plan(plan: ConsolidationPlan, checkpoints: Sequence[Checkpoint]) -> None:
@@ -211,6 +264,17 @@ def check_plan(plan: ConsolidationPlan, checkpoints: Sequence[Checkpoint]) -> No
 def with_default_codes(plan: LayerPlan) -> LayerPlan:
     """Give every expert the private bits that serve without any data."""
     return plan.with_codes([[DEFAULT_CODES] * len(members) for members in plan.slots])
+
+
+def _check_texts(texts: Mapping[str, Sequence[Path]], checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise UsageError unless there is text for every variant, or for none, and for nobody else."""
+    names = [checkpoint.name for checkpoint in checkpoints]
+    if stray := sorted(set(texts) - set(names)):
+        raise UsageError(
+            f"calibration for '{stray[0]}', which is no variant; there are: {', '.join(names)}"
+        )
+    if texts and (missing := sorted(set(names) - set(texts))):
+        raise UsageError(f"calibration text is given for some variants, but not for {missing[0]}")
 
 
 def _map_bytes(checkpoints: Sequence[Checkpoint]) -> int:

@@ -10,7 +10,15 @@ from typing import Any
 from moeruntime.pack import Pack
 from moeruntime.tensorfile import DTYPES
 
-__all__ = ["LayerSummary", "PackSummary", "SharedSlot", "VariantSummary", "summarise"]
+__all__ = [
+    "LayerSummary",
+    "PackSummary",
+    "SharedSlot",
+    "VariantSummary",
+    "format_bytes",
+    "sharing_lines",
+    "summarise",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +152,29 @@ def summarise(pack: Pack) -> PackSummary:
         separate_expert_bytes=len(variants) * expert_bytes,
         separate_bytes=sum(variant.separate_bytes for variant in variants),
     )
+
+
+def sharing_lines(layer: LayerSummary) -> list[str]:
+    """One line for all slots that join experts of the same number; the others one by one."""
+    aligned: dict[tuple[str, ...], list[int]] = {}
+    mixed: list[str] = []
+    for slot in layer.shared:
+        numbers = {expert for _, expert in slot.members}
+        if len(numbers) == 1:
+            aligned.setdefault(tuple(name for name, _ in slot.members), []).extend(numbers)
+        else:
+            mixed.append(" = ".join(f"{name} {expert}" for name, expert in slot.members))
+    lines = [
+        f"{' = '.join(names)}: {' '.join(map(str, numbers))}" for names, numbers in aligned.items()
+    ]
+    return lines + mixed
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Three digits in decimal units, as disks and hubs count."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if unit != "B" else f"{num_bytes} B"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from moeruntime.request import Request, SamplingParams
 from moeruntime.strict_json import read_json_lines
 from moeruntime.text import VariantText
 
-__all__ = ["read_texts", "sampled_windows", "text_windows", "windows_sha256"]
+__all__ = ["Windows", "read_texts", "sampled_windows", "text_windows"]
 
 NUM_WINDOWS = 64
+NUM_HELD_OUT = 32
 NUM_SAMPLED_WINDOWS = 32
+NUM_SAMPLED_HELD_OUT = 16
 WINDOW_TOKENS = 512
 
 
@@ -36,8 +39,25 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def text_windows(checkpoint: Checkpoint, files: Sequence[Path]) -> Tensor:
-    """Windows [W, T] of a variant's calibration texts, equally many from each file.
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Calibration tokens, int64 [W, T]: what to learn from, and what to measure with.
+
+    Where there is too little text to hold any out, a part of what was learned from is measured.
+    """
+
+    learned: Tensor
+    held_out: Tensor
+
+    @property
+    def sha256(self) -> str:
+        """Digest of all tokens, for the recipe."""
+        both = torch.cat([self.learned, self.held_out])
+        return hashlib.sha256(both.numpy().tobytes()).hexdigest()
+
+
+def text_windows(checkpoint: Checkpoint, files: Sequence[Path]) -> Windows:
+    """Windows of a variant's calibration texts, equally many from each file.
 
     Raises:
         InputError: a file is bad, or holds less than one window.
@@ -45,50 +65,53 @@ def text_windows(checkpoint: Checkpoint, files: Sequence[Path]) -> Tensor:
     source = CheckpointSource(checkpoint)
     encode = VariantText(source, checkpoint.name).encode_document
     length = _window_tokens(checkpoint)
-    pieces = []
+    learn, hold = (-(-count // len(files)) for count in (NUM_WINDOWS, NUM_HELD_OUT))
+    learned, held_out = [], []
     for path in files:
-        wanted = -(-NUM_WINDOWS // len(files)) * length
         stream: list[int] = []
         for text in read_texts(path):
             stream += encode(text)
-            if len(stream) >= wanted:
+            if len(stream) >= (learn + hold) * length:
                 break
-        usable = min(len(stream), wanted) // length * length
+        usable = min(len(stream) // length, learn + hold)
         if not usable:
             raise InputError(f"{path}: {len(stream)} tokens of text; calibration needs {length}")
-        pieces.append(torch.tensor(stream[:usable]).view(-1, length))
-    return torch.cat(pieces)
+        windows_WT = torch.tensor(stream[: usable * length]).view(-1, length)
+        learned.append(windows_WT[:learn])
+        held_out.append(windows_WT[learn:] if usable > learn else windows_WT[:hold])
+    return Windows(torch.cat(learned), torch.cat(held_out))
 
 
-def sampled_windows(checkpoint: Checkpoint) -> Tensor:
-    """Windows [W, T] of text that the variant itself writes, at temperature 1 from an empty start.
+def sampled_windows(checkpoint: Checkpoint) -> Windows:
+    """Windows of text that the variant itself writes, at temperature 1 from an empty start.
 
     What a model says by itself is spread over what it was trained on, so it can stand in for text
     that nobody has at hand. Seeds are fixed: the same model writes the same text.
     """
     length = _window_tokens(checkpoint)
-    with Engine(CheckpointSource(Checkpoint(checkpoint.name, checkpoint.folder))) as engine:
+    num_windows = NUM_SAMPLED_WINDOWS + NUM_SAMPLED_HELD_OUT
+    with Engine(
+        CheckpointSource(Checkpoint(checkpoint.name, checkpoint.folder)),
+        dtype="float32",
+        max_sequences=num_windows,
+    ) as engine:
         start = engine.tokenize(Request(checkpoint.name, ""))[:1] or [0]
         stream: list[int] = []
         seed = 0
-        while len(stream) < NUM_SAMPLED_WINDOWS * length:
+        while len(stream) < num_windows * length:
             requests = [
                 Request(
                     checkpoint.name,
                     start,
                     SamplingParams(max_tokens=length - 1, temperature=1.0, seed=seed + number),
                 )
-                for number in range(NUM_SAMPLED_WINDOWS)
+                for number in range(num_windows)
             ]
             for output in engine.generate(requests):
                 stream += [*start, *output.token_ids]
-            seed += NUM_SAMPLED_WINDOWS
-    return torch.tensor(stream[: NUM_SAMPLED_WINDOWS * length]).view(-1, length)
-
-
-def windows_sha256(windows_WT: Tensor) -> str:
-    """Digest of calibration tokens, for the recipe."""
-    return hashlib.sha256(windows_WT.contiguous().numpy().tobytes()).hexdigest()
+            seed += num_windows
+    windows_WT = torch.tensor(stream[: num_windows * length]).view(-1, length)
+    return Windows(windows_WT[:NUM_SAMPLED_WINDOWS], windows_WT[NUM_SAMPLED_WINDOWS:])
 
 
 def _window_tokens(checkpoint: Checkpoint) -> int:

@@ -293,23 +293,24 @@ class Engine:
             RequestError: unknown variant, or a window that is empty or does not fit.
             ResourceError: running requests hold every resident slot or the whole cache.
         """
-        self.source.variant(variant)
-        for window in windows:
-            if not window:
-                raise RequestError("a window is empty: it has no token to score")
-            self._prompts.check_ids(window)
-            self._prompts.check_room(len(window))
-        if not self.residency.admit(variant):
-            raise ResourceError("every resident slot is held by running requests")
-        try:
-            self.residency.wait_for(variant)
-            return [
-                logprobs
-                for group in self._score_groups(windows)
-                for logprobs in self._score(variant, group)
-            ]
-        finally:
-            self.residency.release(variant)
+        hidden = self._hidden(variant, windows)
+        return [
+            self._token_logprobs(hidden_TH, window, slot)
+            for (hidden_TH, slot), window in zip(hidden, windows, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def logprobs(self, variant: str, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Log-probabilities (natural) of the whole vocabulary after each token of each window.
+
+        Takes and raises what `score` does.
+
+        Yields:
+            One float32 CPU tensor [T, V] a window; the engine is busy until the last is taken.
+        """
+        for hidden_TH, slot in self._hidden(variant, windows):
+            logits_TV = self.model.logits(hidden_TH, [TokenGroup(slot, 0, len(hidden_TH))])
+            yield logits_TV.log_softmax(dim=-1).cpu()
 
     # -- one step, in pieces ----------------------------------------------------------------
 
@@ -373,6 +374,25 @@ class Engine:
 
     # -- scoring, in pieces -----------------------------------------------------------------
 
+    def _hidden(
+        self, variant: str, windows: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Each window's hidden_TH after the final norm, and the resident slot of the variant."""
+        self.source.variant(variant)
+        for window in windows:
+            if not window:
+                raise RequestError("a window is empty: it has no token to score")
+            self._prompts.check_ids(window)
+            self._prompts.check_room(len(window))
+        if not self.residency.admit(variant):
+            raise ResourceError("every resident slot is held by running requests")
+        try:
+            self.residency.wait_for(variant)
+            for group in self._score_groups(windows):
+                yield from self._score(variant, group)
+        finally:
+            self.residency.release(variant)
+
     def _score_groups(self, windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         """Cut windows into steps of at most max_step_tokens (or one window) that fit the cache."""
         group: list[Sequence[int]] = []
@@ -386,7 +406,7 @@ class Engine:
         if group:
             yield group
 
-    def _score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[tuple[Tensor, int]]:
         blocks = self._blocks.allocate(sum(blocks_for(len(window)) for window in windows))
         if blocks is None:
             raise ResourceError("the key-value cache is full of running requests")
@@ -397,10 +417,8 @@ class Engine:
                 spans.append(self._span(variant, window, 0, table))
             batch = Batch.build(spans, self.device)
             hidden_TH = self.model.forward(batch)
-            return [
-                self._token_logprobs(hidden_TH[start:stop], window, batch.groups[0].slot)
-                for (start, stop, _), window in zip(batch.spans, windows, strict=True)
-            ]
+            slot = batch.groups[0].slot
+            return [(hidden_TH[start:stop], slot) for start, stop, _ in batch.spans]
         finally:
             self._blocks.free(blocks)
 

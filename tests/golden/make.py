@@ -3,8 +3,9 @@
     PYTHONPATH=src:tests python tests/golden/make.py
 
 Two checkpoints of a very small Mixtral (one with a tensor an expert, one with fused experts) that
-share their embedding and some of their experts, the pack they are compiled into at 0.9, and what
-each variant says. Weights are multiples of 1/64 from a counter-based generator, exact in bf16.
+share their embedding and some of their experts; the packs they are compiled into at 0.9, plain, and
+nested with the default private bits; and what each variant says. Weights are multiples of 1/64 from
+a counter-based generator, exact in bf16.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = ["compile_pack", "make_checkpoints", "make_expected"]
 
 FOLDER = Path(__file__).resolve().parent
 THRESHOLD = 0.9
+PACKS = {"pack": ("plain", "expected.jsonl"), "pack-nested": ("nested", "expected-nested.jsonl")}
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>")
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -77,10 +79,10 @@ def make_checkpoints(out: Path) -> dict[str, Path]:
     return folders
 
 
-def compile_pack(checkpoints: Path, out: Path) -> Path:
-    """Compile the two checkpoints in `checkpoints`."""
+def compile_pack(checkpoints: Path, out: Path, code: str) -> Path:
+    """Compile the two checkpoints in `checkpoints`; `code` is "plain" or "nested"."""
     models = {name: checkpoints / name for name in ("plain", "chatty")}
-    return consolidate(models, out, threshold=THRESHOLD, code="plain").pack
+    return consolidate(models, out, threshold=THRESHOLD, code=code).pack
 
 
 def make_expected(pack: Path) -> list[dict[str, object]]:
@@ -186,12 +188,13 @@ def _write_json(path: Path, value: object) -> None:
 
 def main() -> None:
     """Replace the golden files."""
-    for name in ("checkpoints", "pack"):
+    for name in ("checkpoints", *PACKS):
         shutil.rmtree(FOLDER / name, ignore_errors=True)
     make_checkpoints(FOLDER / "checkpoints")
-    pack = compile_pack(FOLDER / "checkpoints", FOLDER / "pack")
-    lines = [json.dumps(one, sort_keys=True) for one in make_expected(pack)]
-    (FOLDER / "expected.jsonl").write_text("\n".join(lines) + "\n", encoding="ascii")
+    for name, (code, expected) in PACKS.items():
+        pack = compile_pack(FOLDER / "checkpoints", FOLDER / name, code)
+        lines = [json.dumps(one, sort_keys=True) for one in make_expected(pack)]
+        (FOLDER / expected).write_text("\n".join(lines) + "\n", encoding="ascii")
     files = [path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".py"]
     print(
         f"{len(files)} files, {sum(path.stat().st_size for path in files)} bytes", file=sys.stderr

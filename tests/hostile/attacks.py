@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 Edit = Callable[[Any], object]
 """Changes a parsed JSON document in place."""
 
-MAX_LINE_CHARACTERS = 1000
+MAX_LINE_CHARACTERS = 2100
 MOEC = [sys.executable, "-c", "from moeconsolidate.cli import main; main()"]
+HELPERS = Path(__file__).parent
 
 
 def one_line(stderr: str) -> str:
@@ -56,32 +58,48 @@ def flip_bit(path: Path, position: int) -> None:
     path.write_bytes(contents)
 
 
-def run_bounded(calls: Sequence[Sequence[object]], extra_bytes: int) -> list[tuple[int, str]]:
-    """Run commands in a process that can take no more than `extra_bytes` once it has started.
+def entries(root: Path) -> list[Path]:
+    """Everything in a folder, hidden or not; links are not followed."""
+    return sorted(
+        Path(folder) / name
+        for folder, folders, files in os.walk(root)
+        for name in (*folders, *files)
+    )
 
-    Returns:
-        (exit code, what was printed on stderr) of each.
-    """
-    script = (
-        "import contextlib, io, json, resource, sys\n"
-        "import moeruntime.engine, moeconsolidate.pipeline, moeconsolidate.report\n"
-        "import moeconsolidate.console, rich.console, rich.table\n"
-        "from moeconsolidate.cli import main\n"
-        "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        f"limit = pages * resource.getpagesize() + {extra_bytes}\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "results = []\n"
-        "for call in json.loads(sys.argv[1]):\n"
-        "    err = io.StringIO()\n"
-        "    with contextlib.redirect_stderr(err):\n"
-        "        try: main(call)\n"
-        "        except SystemExit as end: results.append([end.code, err.getvalue()])\n"
-        "print(json.dumps(results))\n"
-    )
-    plain = json.dumps([[str(argument) for argument in call] for call in calls])
-    done = subprocess.run(
-        [sys.executable, "-c", script, plain], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return [(code, err) for code, err in json.loads(done.stdout.splitlines()[-1])]
+
+def restore(root: Path, contents: Mapping[Path, bytes]) -> None:
+    """Put a folder right: these files with these contents, and nothing else."""
+    folders = {parent for path in contents for parent in path.parents}
+    for path in reversed(entries(root)):
+        if path.is_dir() and not path.is_symlink():
+            if path not in folders:
+                path.rmdir()
+        elif path not in contents or path.is_symlink() or not path.is_file():
+            path.unlink()
+    for path, expected in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Sizes first: a file may have been made of a million megabytes of holes.
+        same_size = path.exists() and path.stat().st_size == len(expected)
+        if not same_size or path.read_bytes() != expected:
+            path.write_bytes(expected)
+
+
+class Bounded:
+    """A process that runs commands and gives each no more than some memory."""
+
+    def __init__(self) -> None:
+        script = str(HELPERS / "bounded_process.py")
+        self._process = subprocess.Popen(
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, extra_bytes: int, *arguments: object) -> tuple[int, str]:
+        """Run one command; returns its exit code, and what it printed on stderr."""
+        assert self._process.stdin and self._process.stdout
+        call = [extra_bytes, [str(argument) for argument in arguments]]
+        print(json.dumps(call), file=self._process.stdin, flush=True)
+        code, err = json.loads(self._process.stdout.readline())
+        return code, err
+
+    def close(self) -> None:
+        self._process.communicate()

@@ -153,7 +153,6 @@ TEMPLATES: dict[str, tuple[object, str]] = {
     "65-class-walk": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
     "65-globals": ("{{ raise_exception.__globals__['sys'].exit(0) }}", "SecurityError"),
     "65-builtins": ("{{ cycler.__init__.__globals__.os.system('id') }}", "SecurityError"),
-    "65-format": ("{{ '{0.__class__.__init__}'.format(messages) }}", "SecurityError"),
     "65-changes-its-input": ("{{ messages.append(1) }}", "SecurityError"),
     "66-power": ("{{ 9**9999999 }}", "chat template"),
     "66-power-of-input": ("{% set n = 9 %}{{ n**(n**n) }}", "chat template stopped: took over"),
@@ -191,6 +190,13 @@ def test_chat_templates(
     arguments = ["--artifact", bad_pack, "--prompt", "hi", "--chat", "--quiet"]
     line = refused(3, [complaint], "run", "--model", "b", *arguments)
     assert "variant 'b'" in line or TOKENIZER_CONFIG in line
+
+
+def test_65_a_format_string_sees_nothing(refused: Refused, bad_pack: Path) -> None:
+    template = "{{ '{0.__class__.__init__}'.format(messages) }}"
+    forge_json(bad_pack, TOKENIZER_CONFIG, lambda config: config.update(chat_template=template))
+    arguments = ["--artifact", bad_pack, "--prompt", "hi", "--chat", "--quiet"]
+    refused(3, ["prompt is empty"], "run", "--model", "b", *arguments)
 
 
 def test_64_a_template_file_of_other_bytes(refused: Refused, bad_pack: Path) -> None:

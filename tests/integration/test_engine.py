@@ -312,6 +312,25 @@ def test_scores_do_not_depend_on_how_windows_are_grouped(pack: Path) -> None:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
 
 
+def test_whole_predictions_hold_the_scores(engine: Engine) -> None:
+    windows = [[1, *range(50, 90)], [1, 7], [3, *range(200, 260)]]
+    scores = engine.score("math", windows)
+    found = list(engine.logprobs("math", windows))
+    for ids, score_T, logprobs_TV in zip(windows, scores, found, strict=True):
+        assert (logprobs_TV.shape, logprobs_TV.dtype) == ((len(ids), 4096), torch.float32)
+        torch.testing.assert_close(logprobs_TV.exp().sum(-1), torch.ones(len(ids)))
+        picked_T = logprobs_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(picked_T, score_T)
+    assert_clean(engine)
+
+
+def test_predictions_may_be_left_half_read(engine: Engine) -> None:
+    reading = engine.logprobs("base", [[1, 2, 3], [4, 5]])
+    next(reading)
+    reading.close()
+    assert_clean(engine)
+
+
 def test_a_window_must_fit_and_hold_something(engine: Engine) -> None:
     for window, complaint in (
         ([], "a window is empty"),

@@ -59,8 +59,8 @@ def test_thresholds_out_of_range(threshold: float) -> None:
 
 
 def test_unknown_choices_name_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="merge 'ties' is unknown; known: average"):
-        Recipe(threshold=0.9, merge="ties")
+    with pytest.raises(UsageError, match="merge 'sum' is unknown; known: average, first"):
+        Recipe(threshold=0.9, merge="sum")
 
 
 def test_only_threshold_one_is_lossless() -> None:

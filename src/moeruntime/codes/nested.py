@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeruntime.codes.planes import plane_bytes
+
 __all__ = ["NestedCode", "PrivateCode", "decode", "nested_bytes", "scale_columns"]
 
 LEVEL_BITS = 7
@@ -57,11 +59,12 @@ def scale_columns(num_columns: int, group: int) -> int:
 
 def nested_bytes(
     num_rows: int, num_columns: int, code: NestedCode, private: Sequence[PrivateCode]
-) -> float:
+) -> int:
     """Bytes of a matrix with all its variants: codes, scales, and a byte a variant for its code."""
-    bits = code.shared_bits + sum(one.bits for one in private)
+    bits = (code.shared_bits, *(one.bits for one in private))
     scales = 2 * num_rows * scale_columns(num_columns, code.group)
-    return num_rows * num_columns * bits / 8 + scales + 1 + len(private)
+    codes = sum(plane_bytes(num_rows, num_columns, one) for one in bits)
+    return codes + scales + 1 + len(private)
 
 
 def decode(
