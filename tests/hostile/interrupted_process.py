@@ -8,7 +8,10 @@ once the command has printed that on stderr, it is sent from outside. Answers wi
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import gc
+import io
 import json
 import os
 import shutil
@@ -23,7 +26,7 @@ import moeruntime.engine
 from moeconsolidate import checkpoint, cli, publish, writer
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "importing": (cli, "app"),
+    "parsing": (cli, "app"),
     "reading": (checkpoint.Checkpoint, "read_expert"),
     "writing": (writer, "write_file"),
     "flushing": (publish, "_flush_folders"),
@@ -79,7 +82,10 @@ def reap(child: int) -> int:
         time.sleep(0.002)
 
 
+with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+    cli.main(["consolidate", "none", "neither", "--out", "out"])  # imports what it needs
 faulthandler.enable()  # shows where, should one crash
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     outside = [one for one in job["signals"] if one[0] not in PLACES]

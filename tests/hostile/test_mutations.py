@@ -23,6 +23,7 @@ FRAGMENTS = (
 )  # fmt: skip
 
 Mutation = Callable[[bytes], bytes]
+Sound = tuple[Path, Mapping[Path, bytes]]
 
 
 @st.composite
@@ -64,7 +65,7 @@ def mutations(draw: st.DrawFn) -> Mutation:
 
 # The same examples every time, and no shrinking: a failure prints its example, and that will do.
 bounded = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,
@@ -95,9 +96,7 @@ def test_headers(sandbox: Path, tmp_path: Path, mutate: Mutation, mend_length: b
 
 @given(mutate=mutations())
 @bounded
-def test_manifests(
-    sandbox: Path, sound: tuple[Path, Mapping[Path, bytes]], mutate: Mutation
-) -> None:
+def test_manifests(sandbox: Path, sound: Sound, mutate: Mutation) -> None:
     path = sandbox / "pack" / "manifest.json"
     path.write_bytes(mutate(sound[1][path]))
     try:
@@ -111,7 +110,7 @@ def test_manifests(
 
 @given(mutate=mutations())
 @bounded
-def test_configs(sandbox: Path, sound: tuple[Path, Mapping[Path, bytes]], mutate: Mutation) -> None:
+def test_configs(sandbox: Path, sound: Sound, mutate: Mutation) -> None:
     folder = sandbox / "models" / "b"
     path = folder / "config.json"
     path.write_bytes(mutate(sound[1][path]))
@@ -138,7 +137,7 @@ VALUES = st.recursive(
 @given(data=st.data())
 @bounded
 def test_values_of_other_kinds(
-    sandbox: Path, sound: tuple[Path, Mapping[Path, bytes]], document: str, data: st.DataObject
+    sandbox: Path, sound: Sound, document: str, data: st.DataObject
 ) -> None:
     """Damage that is sound JSON: somewhere in the document, a value is another one."""
     path = sandbox / document
