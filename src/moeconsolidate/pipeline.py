@@ -34,6 +34,7 @@ from moeconsolidate.planning import (
 )
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
+from moeconsolidate.threads import single_threaded_torch
 from moeconsolidate.writer import PackWriter
 from moeruntime.families import ModelConfig
 from moeruntime.pack import Manifest
@@ -87,7 +88,7 @@ def consolidate(
     """
     target, texts = Path(out), calibration or {}
     report = on_progress or (lambda progress: None)
-    with _opened(models, target) as checkpoints:
+    with _opened(models, target) as checkpoints, ExitStack() as stack:
         config, dtype = checkpoints[0].config, checkpoints[0].expert_dtype
         if plan is None:
             recipe = resolve_recipe(
@@ -103,6 +104,8 @@ def consolidate(
             check_plan(plan, checkpoints)
             recipe = plan.recipe
         learned = calibrate(checkpoints, recipe, texts, report)
+        if learned.statistics is not None:  # from here on sums decide bits, and bits bytes
+            stack.enter_context(single_threaded_torch())
         recipe = replace(recipe, texts=learned.texts)
         if plan is None and recipe.allocated:
             plan = plan_layers(checkpoints, recipe, learned, report)
@@ -164,7 +167,7 @@ def make_plan(
     """
     texts = calibration or {}
     report = on_progress or (lambda progress: None)
-    with _opened(models, None) as checkpoints:
+    with _opened(models, None) as checkpoints, ExitStack() as stack:
         recipe = resolve_recipe(
             checkpoints,
             threshold=threshold,
@@ -175,6 +178,8 @@ def make_plan(
             texts=texts,
         )
         learned = calibrate(checkpoints, recipe, texts, report)
+        if learned.statistics is not None:  # from here on sums decide bits, and bits bytes
+            stack.enter_context(single_threaded_torch())
         recipe = replace(recipe, texts=learned.texts)
         return plan_layers(checkpoints, recipe, learned, report)
 

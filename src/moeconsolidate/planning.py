@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -28,7 +30,8 @@ from moeconsolidate.plan import (
     Progress,
     Recipe,
 )
-from moeconsolidate.texts import sampled_windows, text_windows
+from moeconsolidate.texts import Windows, sampled_windows, text_windows
+from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import UsageError
 from moeruntime.pack.manifest import EXPERT_PARTS
 
@@ -111,28 +114,36 @@ def calibrate(
     if recipe.calibration == "text" and not texts:
         raise UsageError("the plan was made with calibration text; give the same --calibration")
     _check_texts(texts, checkpoints)
-    statistics, digests, held_out = [], {}, []
     total = 2 * checkpoints[0].config.num_layers * len(checkpoints)
-    for idx, checkpoint in enumerate(checkpoints):
+    done = count(1)
+
+    def learn(checkpoint: Checkpoint) -> tuple[Windows, Statistics]:
         if recipe.calibration == "text":
             windows = text_windows(checkpoint, texts[checkpoint.name])
         else:
             windows = sampled_windows(checkpoint)
-        held_out.append(windows.held_out)
-        digests[checkpoint.name] = windows.sha256
-        if recipe.texts and recipe.texts.get(checkpoint.name) != digests[checkpoint.name]:
+        if recipe.texts and recipe.texts.get(checkpoint.name) != windows.sha256:
             raise UsageError(f"'{checkpoint.name}': the plan was made with other calibration text")
-        before = total * idx // len(checkpoints)
-        statistics.append(
-            collect(
-                checkpoint,
-                windows.learned,
-                on_layer=lambda done, before=before: report(  # type: ignore[misc]
-                    Progress("calibration", before + done, total)
-                ),
-            )
+        statistics = collect(
+            checkpoint,
+            windows.learned,
+            on_layer=lambda _: report(Progress("calibration", next(done), total)),
         )
-    return Calibration(statistics, digests, held_out)
+        return windows, statistics
+
+    with (
+        single_threaded_torch() as num_threads,
+        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        learned = list(pool.map(learn, checkpoints))
+    return Calibration(
+        [statistics for _, statistics in learned],
+        {
+            checkpoint.name: windows.sha256
+            for checkpoint, (windows, _) in zip(checkpoints, learned, strict=True)
+        },
+        [windows.held_out for windows, _ in learned],
+    )
 
 
 def plan_layers(

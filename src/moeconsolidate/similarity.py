@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import CheckpointError
 
 __all__ = ["check_rows", "cosine_similarity"]
@@ -92,19 +92,8 @@ def _sum_over_stripes(work: Callable[[range], Tensor], experts_EP: Tensor) -> Te
     num_columns = experts_EP.shape[1]
     bounds = [num_columns * idx // NUM_STRIPES for idx in range(NUM_STRIPES + 1)]
     stripes = [range(start, stop) for start, stop in pairwise(bounds)]
-    with _single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
+    with single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
         first, *rest = pool.map(work, stripes)
     for part in rest:
         first += part
     return first
-
-
-@contextmanager
-def _single_threaded_torch() -> Iterator[int]:
-    """Keep torch from splitting one matrix product over threads; yields how many it had."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield num_threads
-    finally:
-        torch.set_num_threads(num_threads)

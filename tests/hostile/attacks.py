@@ -58,10 +58,10 @@ def flip_bit(path: Path, position: int) -> None:
     path.write_bytes(contents)
 
 
-def entries(root: Path) -> list[Path]:
+def entries(root: Path) -> list[str]:
     """Everything in a folder, hidden or not; links are not followed."""
     return sorted(
-        Path(folder) / name
+        f"{folder}/{name}"
         for folder, folders, files in os.walk(root)
         for name in (*folders, *files)
     )
@@ -69,12 +69,15 @@ def entries(root: Path) -> list[Path]:
 
 def restore(root: Path, contents: Mapping[Path, bytes]) -> None:
     """Put a folder right: these files with these contents, and nothing else."""
-    folders = {parent for path in contents for parent in path.parents}
-    for path in reversed(entries(root)):
+    files = {str(path) for path in contents}
+    folders = {os.path.dirname(file) for file in files}  # noqa: PTH120 - of 50 files, 800 times
+    folders |= {os.path.dirname(folder) for folder in folders}  # noqa: PTH120
+    for entry in reversed(entries(root)):
+        path = Path(entry)
         if path.is_dir() and not path.is_symlink():
-            if path not in folders:
+            if entry not in folders:
                 path.rmdir()
-        elif path not in contents or path.is_symlink() or not path.is_file():
+        elif entry not in files or path.is_symlink() or not path.is_file():
             path.unlink()
     for path, expected in contents.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def mutations(draw: st.DrawFn) -> Mutation:
 
 # The same examples every time, and no shrinking: a failure prints its example, and that will do.
 bounded = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,

@@ -206,7 +206,7 @@ def test_plans_of_other_models_are_refused(two: Folders, models: Folders, tmp_pa
 
 @pytest.mark.usefixtures("little_text")
 def test_threads_do_not_change_a_budgeted_pack(two: Folders, tmp_path: Path) -> None:
-    """Of models so small that no product is split; larger sums depend on how it is."""
+    """Only one thread decides bytes, however many there are."""
     before = torch.get_num_threads()
     packs = []
     try:
