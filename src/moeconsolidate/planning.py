@@ -239,8 +239,8 @@ def _ratios(measured: Sequence[MeasuredLoss], predicted: Sequence[float]) -> lis
 
     A small loss drowns in what windows differ by, while the KL divergence, which it goes with, does
     not. So the loss that the divergence suggests is a second opinion, as uncertain as it is large,
-    and the two are weighed by their variances. Half of the correction is made (the geometric mean of
-    prediction and measurement): text that was trained on overstates what is lost on other text.
+    and the two are weighed by their variances. Half of the correction is made (the geometric mean
+    of prediction and measurement): text that was trained on overstates what is lost on other text.
     """
     total_kl = sum(one.kl for one in measured)
     per_kl = max(sum(one.nll_increase for one in measured), 0.1 * total_kl) / max(total_kl, 1e-30)
