@@ -48,7 +48,7 @@ from moeruntime import Engine
 from moeruntime.codes import PrivateCode
 from moeruntime.errors import UsageError
 from moeruntime.families import ModelConfig
-from moeruntime.pack import Pack
+from moeruntime.pack import MadeTensor, Pack
 
 TEXTS = {"base": ("english", "tldr"), "python": ("python",), "math": ("math",), "shell": ("shell",)}
 BUDGETED = ("control", "budget-self", "budget-text")
@@ -146,9 +146,13 @@ def _nll(ids: Sequence[int], logprobs_TV: Tensor) -> float:
 class Int4Source(CheckpointSource):
     """One checkpoint whose experts have been through 4 bits."""
 
-    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
-        super().read_slot(layer, part, slot, out=out)
-        out.copy_(through_int4(out.float()))
+    def slot(self, layer: int, part: str, slot: int) -> tuple[MadeTensor]:
+        stored = super().slot(layer, part, slot)
+
+        def fill(out: Tensor) -> None:
+            out.copy_(through_int4(torch.cat([piece.read() for piece in stored]).float()))
+
+        return (MadeTensor(stored[0].dtype, self.manifest.part_shape(part), fill),)
 
 
 def through_int4(weights_RC: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moeruntime.errors import RequestError, ResourceError, UsageError
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
-from moeruntime.loading import load_experts, resolve_device, resolve_dtype
+from moeruntime.loading import Loader, load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models import Batch, Decoder
 from moeruntime.models.batch import Span, token_groups
@@ -120,18 +120,19 @@ class Engine:
             cache_bytes=cache_bytes,
         )
         say = on_progress or (lambda line: None)
-        self.residency = Residency(
-            source,
-            min(resident, num_variants),
-            self.dtype,
-            self.device,
-            on_variant=lambda name: say(f"variant {name}"),
-        )
         decoded = DecodedCache(self.memory.decoded_bytes)
         experts = []
-        for layer in range(manifest.config.num_layers):
-            experts.append(load_experts(source, layer, self.dtype, self.device, decoded))
-            say(f"experts of layer {layer + 1}/{manifest.config.num_layers}")
+        with Loader(self.device) as loader:
+            self.residency = Residency(
+                source,
+                min(resident, num_variants),
+                self.dtype,
+                loader,
+                on_variant=lambda name: say(f"variant {name}"),
+            )
+            for layer in range(manifest.config.num_layers):
+                experts.append(load_experts(source, layer, self.dtype, loader, decoded))
+                say(f"experts of layer {layer + 1}/{manifest.config.num_layers}")
         self._blocks = BlockPool(self.memory.num_blocks)
         cache = KVCache(manifest.config, self.memory.num_blocks, self.dtype, self.device)
         self._variant_idx = {name: idx for idx, name in enumerate(manifest.variant_names)}
@@ -195,7 +196,8 @@ class Engine:
         Raises:
             RequestError: unknown variant, token ids outside the vocabulary, or a prompt that
                 leaves no room in the context or the cache.
-            TokenizerError: the variant cannot turn this prompt into tokens.
+            TokenizerError: the variant cannot turn this prompt into tokens, or its answer into
+                the text that stop strings are looked for in.
         """
         prompt_ids = self._prompts.encode(request)
         sampling = self._prompts.fit(request.sampling, len(prompt_ids))
@@ -204,7 +206,7 @@ class Engine:
         request_id = self._next_id
         self._next_id += 1
         sequence = TokenSequence(request_id, request.variant, prompt_ids, sampling)
-        stream = TextStream(self._prompts.text(request.variant).tokenizer, sampling.stop)
+        stream = self._prompts.text(request.variant).stream(sampling.stop)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)
         return request_id

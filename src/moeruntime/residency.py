@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from moeruntime.loading import Loader
 from moeruntime.models.decoder import parameter_roles
 from moeruntime.pack import WeightSource
 
@@ -80,7 +81,7 @@ class Residency:
         source: WeightSource,
         num_slots: int,
         dtype: torch.dtype,
-        device: torch.device,
+        loader: Loader,
         *,
         on_variant: Callable[[str], None] | None = None,
     ) -> None:
@@ -91,12 +92,13 @@ class Residency:
             num_slots: variants on the device at once; with as many slots as variants there are no
                 host copies.
             dtype: what to compute in.
-            device: where the slots are.
+            loader: brings the weights to its device, where the slots are.
             on_variant: called with each variant's name once it is loaded.
         """
         self._source = source
+        self._loader = loader
         self._dtype = dtype
-        self._device = device
+        self._device = device = loader.device
         self._table = SlotTable(num_slots)
         self._roles = parameter_roles(source.manifest.config)
         shared_roles = source.manifest.shared_roles()
@@ -197,12 +199,9 @@ class Residency:
         return copies
 
     def _load(self, variant: str, parameter: str, target: Tensor) -> None:
-        """Read a parameter's roles from the pack into consecutive rows of `target`."""
-        start = 0
-        for role in self._roles[parameter]:
-            stored = self._source.read_non_expert(variant, role)
-            target[start : start + stored.shape[0]].copy_(stored)
-            start += stored.shape[0]
+        """Load a parameter's roles into consecutive rows of `target`."""
+        roles = self._roles[parameter]
+        self._loader.load([self._source.non_expert(variant, role) for role in roles], target)
 
     def _shape(self, parameter: str) -> tuple[int, ...]:
         shapes = [

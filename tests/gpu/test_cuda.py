@@ -14,6 +14,7 @@ import torch
 from moeconsolidate.evaluation import score_texts
 from moeruntime import Engine, Output, Request, SamplingParams, memory
 from moeruntime.errors import ResourceError
+from moeruntime.loading import Loader
 from moeruntime.models import parameter_roles
 from moeruntime.pack import Pack
 from moeruntime.residency import Residency
@@ -203,7 +204,7 @@ def test_activation_changes_nothing(
 
 def test_a_slot_is_not_overwritten_while_queued_work_reads_it(lossless_pack: Path) -> None:
     with Pack(lossless_pack) as source:
-        residency = Residency(source, 1, torch.float32, DEVICE)
+        residency = Residency(source, 1, torch.float32, Loader(DEVICE))
         parameters = parameter_roles(source.manifest.config)
         assert residency.admit("python")
         residency.wait_for("python")

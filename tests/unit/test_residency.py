@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeconsolidate import consolidate
+from moeruntime.loading import Loader
 from moeruntime.models import parameter_roles
 from moeruntime.pack import Pack
 from moeruntime.residency import Residency, SlotTable
@@ -143,7 +144,7 @@ def assert_resident(residency: Residency, source: Pack, variant: str, folder: Pa
 def test_a_slot_holds_its_variant_after_every_activation(
     source: Pack, folders: dict[str, Path], num_slots: int, dtype: torch.dtype
 ) -> None:
-    residency = Residency(source, num_slots, dtype, CPU)
+    residency = Residency(source, num_slots, dtype, Loader(CPU))
     held: list[str] = []
     resident: list[str] = []
     num_activations = 0
@@ -166,7 +167,7 @@ def test_a_slot_holds_its_variant_after_every_activation(
 def test_with_every_slot_held_nobody_else_is_admitted(
     source: Pack, folders: dict[str, Path]
 ) -> None:
-    residency = Residency(source, 1, torch.float32, CPU)
+    residency = Residency(source, 1, torch.float32, Loader(CPU))
     assert residency.admit("a")
     assert not residency.admit("b")
     assert residency.num_activations == 1
@@ -177,7 +178,7 @@ def test_with_every_slot_held_nobody_else_is_admitted(
 
 
 def test_what_all_variants_share_is_stored_once(source: Pack) -> None:
-    residency = Residency(source, 2, torch.float32, CPU)
+    residency = Residency(source, 2, torch.float32, Loader(CPU))
     shared = {name for name, tensor in residency.weights.items() if tensor.stride(0) == 0}
     assert shared == {"layers.0.o_proj", "embed_tokens"}
     for name, tensor in residency.weights.items():
@@ -189,12 +190,12 @@ def test_what_all_variants_share_is_stored_once(source: Pack) -> None:
 def test_progress_names_every_variant_once(source: Pack) -> None:
     for num_slots in (1, 3):
         seen: list[str] = []
-        Residency(source, num_slots, torch.float32, CPU, on_variant=seen.append)
+        Residency(source, num_slots, torch.float32, Loader(CPU), on_variant=seen.append)
         assert seen == list(NAMES)
 
 
 def test_addresses_never_change(source: Pack) -> None:
-    residency = Residency(source, 2, torch.float32, CPU)
+    residency = Residency(source, 2, torch.float32, Loader(CPU))
     before = {name: tensor.data_ptr() for name, tensor in residency.weights.items()}
     for variant in "abcabc":
         residency.admit(variant)
