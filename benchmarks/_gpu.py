@@ -34,6 +34,19 @@ def median_s(work: Callable[[], object], *, repeats: int = 15, warm_up: int = 3)
     return statistics.median(times)
 
 
+def graph_s(work: Callable[[], object], *, repeats: int = 9) -> float:
+    """Median seconds of `work` without the host's part: its launches captured and replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return median_s(graph.replay, repeats=repeats, warm_up=2)
+
+
 def read_bandwidth() -> float:
     """Bytes a second of the best plain reader found: what a decode step cannot exceed."""
     x = torch.randint(-(2**31), 2**31 - 1, (2**30,), dtype=torch.int32, device="cuda")

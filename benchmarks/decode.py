@@ -117,6 +117,19 @@ def measure(
     )
 
 
+def profile(engine: Engine, batch: int) -> None:
+    """Print what a step spends its time in."""
+    graphs = engine.graphs
+    assert graphs is not None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            graphs.run_on(batch)
+        torch.cuda.synchronize()
+    for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:14]:
+        mean_us = event.device_time_total / event.count
+        print(f"    {event.key[:60]:60s} {event.count / 5:6.0f} x {mean_us:8.2f} us")
+
+
 def decode_rate(engine: Engine, requests: list[Request]) -> float:
     """Tokens a second of a batch through the engine, once all of them decode."""
     ids = [engine.submit(request) for request in requests]
@@ -141,6 +154,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, nargs="+", default=[1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128])
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--profile", action="store_true", help="the kernels of one step each")
     parser.add_argument("--no-engine", action="store_true", help="time the graphs alone")
     arguments = parser.parse_args()
     bandwidth = read_bandwidth()
@@ -161,6 +175,8 @@ def main() -> None:
                     engine, batch, variants, arguments.context, bandwidth, not arguments.no_engine
                 )
                 rows.append(row)
+                if arguments.profile:
+                    profile(engine, batch)
                 print(
                     f"{row.batch:5d} {row.variants:8d} {row.experts_a_layer:13.2f} {row.gb:6.1f} "
                     f"{row.roofline_ms:8.3f} {row.step_ms:8.3f} {row.of_roofline:9.1%} "

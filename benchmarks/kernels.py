@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 from _common import print_json
-from _gpu import median_s, read_bandwidth
+from _gpu import graph_s, read_bandwidth
 from torch import Tensor
 
 from moeruntime.kernels import experts, projections
@@ -70,80 +72,74 @@ def main() -> None:
     results: list[dict[str, object]] = []
     for tokens in (1, 7, 32, 128):
         print(f"experts, {tokens} tokens: error {check_experts(tokens, Shape(32, 128, 16), 2):.2e}")
-    gate_up = torch.randn(E, 2 * I, H, device=DEVICE, dtype=torch.bfloat16)
-    down = torch.randn(E, H, I, device=DEVICE, dtype=torch.bfloat16)
+    gate_up, down = (
+        [torch.randn(E, *shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+        for shape in ((2 * I, H), (H, I))
+    )
     dense = torch.randn(8, 6144, H, device=DEVICE, dtype=torch.bfloat16)
-    rows_choices = (16, 32, 64)
-    warps_choices = ((4, 3), (4, 4), (8, 3)) if not arguments.quick else ((4, 4),)
-    for tokens in (1, 32, 128):
+    cuts = ((4, 3), (4, 4), (4, 5), (8, 4)) if not arguments.quick else ((4, 4),)
+
+    def timed(
+        entry: dict[str, object], num_bytes: int, calls: int, work: Callable[[], None]
+    ) -> None:
+        try:
+            seconds = graph_s(work) / calls
+        except Exception as problem:  # more shared memory than there is
+            if "out of resource" not in str(problem):
+                raise
+            return
+        rate = num_bytes / seconds / bandwidth
+        results.append(entry | {"us": seconds * 1e6, "of_read": rate})
+
+    for tokens in (1, 8, 64, 128):
         x = torch.randn(tokens, H, device=DEVICE, dtype=torch.bfloat16)
         inner = torch.randn(tokens * K, I, device=DEVICE, dtype=torch.bfloat16)
         lists = routed(tokens, E)
-        active = int(lists.num_active_L[0])
-        for (rows, step), (warps, stages), tile in itertools.product(
-            itertools.product(rows_choices, (64, 128, 256)), warps_choices, (16, 32)
+        active = int((lists.counts_LF[0] > 0).sum())
+        tiles = (16,) if tokens <= 8 else (16, 32) if tokens <= 64 else (32, 64)
+        for rows, step, (warps, stages), tile in itertools.product(
+            (16, 32, 64), (64, 128, 256), cuts, tiles
         ):
-            if tile > 16 and tokens < 64:
+            if rows * step * stages * 4 > 230_000:
                 continue
-            for name in ("gate_up", "down", "down/2", "down/4"):
-                parts = int(name[5:] or 1) if name.startswith("down") else 1
+            for name, weights, parts in (
+                ("gate_up", gate_up, 1), ("down", down, 1), ("down", down, 2), ("down", down, 4)
+            ):  # fmt: skip
                 shape = Shape(rows, step, tile, parts, warps, stages)
                 out = torch.empty(tokens * K, parts, H, device=DEVICE)
 
-                def work(name: str = name, shape: Shape = shape, out: Tensor = out) -> None:
-                    if name == "gate_up":
-                        experts.gate_up(x, gate_up, lists, 0, shape, out_MI=inner)
-                    else:
-                        experts.down(inner, down, lists, 0, shape, out_MSH=out)
+                def work() -> None:
+                    for one in weights:
+                        if name == "gate_up":
+                            experts.gate_up(x, one, lists, 0, shape, out_MI=inner)
+                        else:
+                            experts.down(inner, one, lists, 0, shape, out_MSH=out)
 
-                try:
-                    seconds = median_s(work, repeats=7, warm_up=2)
-                except Exception as problem:  # too much shared memory
-                    if "out of resource" not in str(problem):
-                        raise
-                    continue
-                weights = gate_up if name == "gate_up" else down
-                rate = active * weights[0].nbytes / seconds
-                results.append(
-                    {"kernel": name, "tokens": tokens, "rows": rows, "step": step, "tile": tile,
-                     "warps": warps, "stages": stages, "us": seconds * 1e6,
-                     "of_read": rate / bandwidth}
-                )  # fmt: skip
+                entry = asdict(shape) | {"kernel": name, "batch": tokens}
+                timed(entry, active * weights[0][0].nbytes, len(weights), work)
+        tile = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
         for rows, step, (warps, stages), parts in itertools.product(
-            (16, 32, 64), (128, 256), warps_choices, (1, 2, 4)
+            (16, 32, 64), (128, 256), cuts, (1, 2, 4)
         ):
-            tile = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
             shape = Shape(rows, step, tile, parts, warps, stages)
-            tiles = torch.tensor(
-                tile_rows([(0, 0, tokens)], tile, -(-tokens // tile)),
-                dtype=torch.int32,
-                device=DEVICE,
-            )
+            table = tile_rows([(0, 0, tokens)], tile, -(-tokens // tile))
+            tile_table = torch.tensor(table, dtype=torch.int32, device=DEVICE)
             out = torch.empty(tokens, parts, 6144, device=DEVICE)
-            turn = itertools.cycle(range(8))
 
-            def work(shape: Shape = shape, tiles: Tensor = tiles, out: Tensor = out) -> None:
-                for _ in range(8):  # one after another, as a graph has them
-                    projections.project(x, dense[next(turn)][None], tiles, shape, out=out)
+            def work() -> None:
+                for one in dense:
+                    projections.project(x, one[None], tile_table, shape, out=out)
 
-            try:
-                seconds = median_s(work, repeats=5, warm_up=2) / 8
-            except Exception as problem:
-                if "out of resource" not in str(problem):
-                    raise
-                continue
-            results.append(
-                {"kernel": f"project/{parts}", "tokens": tokens, "rows": rows, "step": step,
-                 "tile": tile, "warps": warps, "stages": stages, "us": seconds * 1e6,
-                 "of_read": dense[0].nbytes / seconds / bandwidth}
-            )  # fmt: skip
-    for kernel, tokens in dict.fromkeys((str(r["kernel"]), r["tokens"]) for r in results):
-        rows = [r for r in results if (r["kernel"], r["tokens"]) == (kernel, tokens)]
-        rows.sort(key=lambda r: float(str(r["us"])))
-        for r in rows[:3]:
+            entry = asdict(shape) | {"kernel": "project", "batch": tokens}
+            timed(entry, dense[0].nbytes, len(dense), work)
+    for kernel, tokens in dict.fromkeys((str(r["kernel"]), r["batch"]) for r in results):
+        rows_of = [r for r in results if (r["kernel"], r["batch"]) == (kernel, tokens)]
+        rows_of.sort(key=lambda r: float(str(r["us"])))
+        for r in rows_of[:4]:
             print(
-                f"{kernel:10s} T={tokens:<4} rows {r['rows']} step {r['step']} tile {r['tile']} "
-                f"warps {r['warps']} stages {r['stages']}: {r['us']:.1f} us, {r['of_read']:.1%}"
+                f"{kernel:8s} batch {tokens:<4} rows {r['rows']} step {r['step']} tokens "
+                f"{r['tokens']} parts {r['parts']} warps {r['warps']} stages {r['stages']}: "
+                f"{r['us']:.1f} us, {r['of_read']:.1%}"
             )
     print_json({"benchmark": "kernels", "read_tb_s": bandwidth / 1e12, "rows": results})
 

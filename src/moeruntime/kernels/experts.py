@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.norms import FaceLists
+from moeruntime.kernels.norms import FaceLists, find_tile
 from moeruntime.kernels.projections import Shape
 
 __all__ = ["down", "gate_up"]
@@ -23,17 +23,16 @@ __all__ = ["down", "gate_up"]
 
 @triton.jit
 def _gate_up_kernel(
-    x, weight, out, counts, pairs, active, num_active, capacity, face_stride,
-    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    x, weight, out, counts, pairs, capacity, face_stride,
+    F: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
     TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(2) >= tl.load(num_active):
+    face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
+    if face >= F:
         return
-    face = tl.load(active + tl.program_id(2)).to(tl.int64)
-    count = tl.load(counts + face)
-    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    if tl.program_id(0) * TOKENS >= count:
-        return
+    place = first + tl.arange(0, TOKENS)
+    face = face.to(tl.int64)
     pair = tl.load(pairs + face * capacity + place, place < count, other=0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, STEP)
@@ -45,8 +44,8 @@ def _gate_up_kernel(
     for at in tl.range(0, H, STEP):
         here = at + columns
         if H % STEP == 0 and I % ROWS == 0:
-            gate_w = tl.load(weight + here[None, :])
-            up_w = tl.load(weight + I * H + here[None, :])
+            gate_w = tl.load(weight + here[None, :], eviction_policy="evict_first")
+            up_w = tl.load(weight + I * H + here[None, :], eviction_policy="evict_first")
             x_tile = tl.load(x + here[:, None])
         else:
             inside = rows_in & (here < H)[None, :]
@@ -76,16 +75,13 @@ def gate_up(
     num_tokens, hidden = x_TH.shape
     inner, top_k = weight_FIH.shape[1] // 2, lists.weights_TK.shape[1]
     num_pairs = num_tokens * top_k
-    grid = (
-        triton.cdiv(num_pairs, shape.tokens),
-        triton.cdiv(inner, shape.rows),
-        min(num_pairs, weight_FIH.shape[0]),
-    )
+    grid = (lists.num_tiles(num_pairs, shape.tokens), triton.cdiv(inner, shape.rows))
     _gate_up_kernel[grid](
         x_TH, weight_FIH, out_MI,
-        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.active_LF[layer],
-        lists.num_active_L[layer], lists.pairs_LFC.shape[2], weight_FIH.stride(0),
-        H=hidden, I=inner, K=top_k, ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.pairs_LFC.shape[2],
+        weight_FIH.stride(0),
+        F=lists.counts_LF.shape[1], H=hidden, I=inner, K=top_k,
+        ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PRECISION="ieee" if x_TH.dtype == torch.float32 else "tf32",
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
@@ -93,18 +89,16 @@ def gate_up(
 
 @triton.jit
 def _down_kernel(
-    x, weight, out, weights_TK, counts, pairs, active, num_active, capacity, face_stride,
-    I: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, out, weights_TK, counts, pairs, capacity, face_stride,
+    F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(2) >= tl.load(num_active):
+    face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
+    if face >= F:
         return
-    face = tl.load(active + tl.program_id(2)).to(tl.int64)
-    count = tl.load(counts + face)
-    tile, part = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    place = tile * TOKENS + tl.arange(0, TOKENS)
-    if tile * TOKENS >= count:
-        return
+    part = tl.program_id(2)
+    place = first + tl.arange(0, TOKENS)
+    face = face.to(tl.int64)
     pairs_in = place < count
     pair = tl.load(pairs + face * capacity + place, pairs_in, other=0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -117,7 +111,7 @@ def _down_kernel(
     for at in tl.range(0, per_part, STEP):
         here = at + columns
         if I % (STEP * PARTS) == 0 and H % ROWS == 0:
-            w = tl.load(weight + here[None, :])
+            w = tl.load(weight + here[None, :], eviction_policy="evict_first")
             x_tile = tl.load(x + here[:, None])
         else:
             inside = part * per_part + here < I
@@ -144,17 +138,14 @@ def down(
     """
     num_pairs, inner = x_MI.shape
     hidden = weight_FHI.shape[1]
-    tiles = triton.cdiv(num_pairs, shape.tokens)
-    grid = (
-        tiles * shape.parts,
-        triton.cdiv(hidden, shape.rows),
-        min(num_pairs, weight_FHI.shape[0]),
-    )
+    tiles = lists.num_tiles(num_pairs, shape.tokens)
+    grid = (tiles, triton.cdiv(hidden, shape.rows), shape.parts)
     _down_kernel[grid](
         x_MI, weight_FHI, out_MSH, lists.weights_TK,
-        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.active_LF[layer],
-        lists.num_active_L[layer], lists.pairs_LFC.shape[2], weight_FHI.stride(0),
-        I=inner, H=hidden, ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
-        PARTS=shape.parts, TILES=tiles, PRECISION="ieee" if x_MI.dtype == torch.float32 else "tf32",
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.pairs_LFC.shape[2],
+        weight_FHI.stride(0),
+        F=lists.counts_LF.shape[1], I=inner, H=hidden,
+        ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
+        PARTS=shape.parts, PRECISION="ieee" if x_MI.dtype == torch.float32 else "tf32",
         num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

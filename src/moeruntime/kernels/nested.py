@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.norms import FaceLists
+from moeruntime.kernels.norms import FaceLists, find_tile
 from moeruntime.kernels.projections import Shape
 
 __all__ = ["FacePart", "down", "gate_up"]
@@ -103,18 +103,16 @@ def _product(
 @triton.jit
 def _nested_gate_up_kernel(
     x, plane4, plane2, plane1, scales, faces, out,
-    counts, pairs, active, num_active, capacity,
-    H: tl.constexpr, I: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    counts, pairs, capacity,
+    F: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    SHARED: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(2) >= tl.load(num_active):
+    number, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
+    if number >= F:
         return
-    number = tl.load(active + tl.program_id(2))
-    count = tl.load(counts + number)
-    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    if tl.program_id(0) * TOKENS >= count:
-        return
+    place = first + tl.arange(0, TOKENS)
     pairs_in = place < count
     pair = tl.load(pairs + number.to(tl.int64) * capacity + place, pairs_in, other=0)
     face = faces + number * 6
@@ -136,18 +134,15 @@ def _nested_gate_up_kernel(
 @triton.jit
 def _nested_down_kernel(
     x, plane4, plane2, plane1, scales, faces, out, weights_TK,
-    counts, pairs, active, num_active, capacity,
-    I: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    counts, pairs, capacity,
+    F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(2) >= tl.load(num_active):
+    number, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
+    if number >= F:
         return
-    number = tl.load(active + tl.program_id(2))
-    count = tl.load(counts + number)
-    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    if tl.program_id(0) * TOKENS >= count:
-        return
+    place = first + tl.arange(0, TOKENS)
     pairs_in = place < count
     pair = tl.load(pairs + number.to(tl.int64) * capacity + place, pairs_in, other=0)
     face = faces + number * 6
@@ -176,16 +171,12 @@ def gate_up(
     num_tokens, hidden = x_TH.shape
     inner, top_k = part.num_rows // 2, lists.weights_TK.shape[1]
     num_pairs = num_tokens * top_k
-    grid = (
-        triton.cdiv(num_pairs, shape.tokens),
-        triton.cdiv(inner, shape.rows),
-        min(num_pairs, len(part.faces_F6)),
-    )
+    grid = (lists.num_tiles(num_pairs, shape.tokens), triton.cdiv(inner, shape.rows))
     _nested_gate_up_kernel[grid](
         x_TH, *_codes(part), out_MI,
-        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.active_LF[layer],
-        lists.num_active_L[layer], lists.pairs_LFC.shape[2],
-        H=hidden, I=inner, K=top_k, SHARED=part.shared_bits, GROUP=part.group, ROWS=shape.rows,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.pairs_LFC.shape[2],
+        F=lists.counts_LF.shape[1], H=hidden, I=inner, K=top_k,
+        SHARED=part.shared_bits, GROUP=part.group, ROWS=shape.rows,
         STEP=shape.step, TOKENS=shape.tokens,
         PRECISION="ieee" if x_TH.dtype == torch.float32 else "tf32",
         num_warps=shape.warps, num_stages=shape.stages,
@@ -197,16 +188,12 @@ def down(
 ) -> None:
     """down_proj of every pair, times its routing weight, as `experts.down`; one part."""
     num_pairs, inner = x_MI.shape
-    grid = (
-        triton.cdiv(num_pairs, shape.tokens),
-        triton.cdiv(part.num_rows, shape.rows),
-        min(num_pairs, len(part.faces_F6)),
-    )
+    grid = (lists.num_tiles(num_pairs, shape.tokens), triton.cdiv(part.num_rows, shape.rows))
     _nested_down_kernel[grid](
         x_MI, *_codes(part), out_MSH, lists.weights_TK,
-        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.active_LF[layer],
-        lists.num_active_L[layer], lists.pairs_LFC.shape[2],
-        I=inner, H=part.num_rows, SHARED=part.shared_bits, GROUP=part.group, ROWS=shape.rows,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.pairs_LFC.shape[2],
+        F=lists.counts_LF.shape[1], I=inner, H=part.num_rows,
+        SHARED=part.shared_bits, GROUP=part.group, ROWS=shape.rows,
         STEP=shape.step, TOKENS=shape.tokens,
         PRECISION="ieee" if x_MI.dtype == torch.float32 else "tf32",
         num_warps=shape.warps, num_stages=shape.stages,

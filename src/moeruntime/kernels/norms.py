@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["FaceLists", "add_norm", "gated", "route"]
+__all__ = ["FaceLists", "add_norm", "find_tile", "gated", "route"]
 
 CHUNK = 512
 
@@ -111,10 +111,8 @@ class FaceLists:
     """Which (token, choice) pairs each face of each layer is to serve in a step.
 
     Attributes:
-        counts_LF: int32; pairs of each face.
+        counts_LF: int32; pairs of each face; F is rounded up to a power of 2.
         pairs_LFC: int32; the pairs, token * K + choice, in no particular order.
-        active_LF: int32; the faces that have pairs, in no particular order.
-        num_active_L: int32.
         weights_TK: float32 routing weights of the layer routed last.
     """
 
@@ -122,13 +120,12 @@ class FaceLists:
         self, num_layers: int, num_faces: int, max_tokens: int, top_k: int, device: torch.device
     ) -> None:
         """Allocate; `reset` empties the lists before every step."""
-        # Everything begins at 16 bytes, so that kernels are compiled for one alignment.
-        width, num_pairs = -(-num_faces // 4) * 4, -(-max_tokens * top_k // 4) * 4
-        zeros = torch.zeros(num_layers, 2 * width + 4, dtype=torch.int32, device=device)
-        self._header = zeros
-        self.counts_LF = zeros[:, :num_faces]
-        self.active_LF = zeros[:, width : width + num_faces]
-        self.num_active_L = zeros[:, 2 * width]
+        # Rows begin at 16 bytes, so that kernels are compiled for one alignment.
+        width, num_pairs = (
+            max(4, triton.next_power_of_2(num_faces)),
+            -(-max_tokens * top_k // 4) * 4,
+        )
+        self.counts_LF = torch.zeros(num_layers, width, dtype=torch.int32, device=device)
         self.pairs_LFC = torch.zeros(
             num_layers, num_faces, num_pairs, dtype=torch.int32, device=device
         )
@@ -154,20 +151,37 @@ class FaceLists:
         sorted_M = faces_M[order_M]
         place_M = torch.arange(len(order_M), device=order_M.device) - first_F[sorted_M]
         lists.pairs_LFC[0, sorted_M, place_M] = order_M.int()
-        # Faces that have pairs come first.
-        lists.active_LF[0] = (counts_F == 0).int().argsort(stable=True).int()
-        lists.num_active_L[0] = (counts_F > 0).sum()
         return lists
+
+    def num_tiles(self, num_pairs: int, tokens: int) -> int:
+        """Most tiles of up to `tokens` pairs of one face that so many pairs can form."""
+        num_faces = self.counts_LF.shape[1]
+        return min(num_pairs, (num_pairs + num_faces * (tokens - 1)) // tokens)
 
     def reset(self) -> None:
         """Forget all pairs."""
-        self._header.zero_()
+        self.counts_LF.zero_()
+
+
+@triton.jit
+def find_tile(counts, number, F: tl.constexpr, TOKENS: tl.constexpr):
+    """The face, first place on its list and length of the list of tile `number`, faces in order.
+
+    A program finds its work by itself: no list of tiles has to be made first.
+    """
+    faces = tl.arange(0, F)
+    count_F = tl.load(counts + faces)
+    tiles_F = (count_F + TOKENS - 1) // TOKENS
+    face = tl.sum((tl.cumsum(tiles_F) <= number).to(tl.int32))
+    before = tl.sum(tl.where(faces < face, tiles_F, 0))
+    count = tl.sum(tl.where(faces == face, count_F, 0))
+    return face, (number - before) * TOKENS, count
 
 
 @triton.jit
 def _route_kernel(
     residual, parts, norm, router, slot_T, variant_T, faces, out,
-    counts, pairs, active, num_active, weights,
+    counts, pairs, weights,
     norm_stride, router_stride, faces_stride, capacity, eps,
     P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
     K_POW2: tl.constexpr, CHUNK: tl.constexpr,
@@ -207,10 +221,6 @@ def _route_kernel(
         face_K = tl.load(faces + variant * faces_stride + chosen_K, real, other=0).to(tl.int32)
         place_K = tl.atomic_add(counts + face_K, 1, real)
         tl.store(pairs + face_K * capacity + place_K, token * K + choices, real)
-        first_K = real & (place_K == 0)
-        zero_K = tl.zeros((K_POW2,), tl.int32)
-        order_K = tl.atomic_add(num_active + zero_K, 1, first_K)
-        tl.store(active + order_K, face_K, first_K)
 
 
 def route(
@@ -248,8 +258,7 @@ def route(
     num_experts, top_k = router_REH.shape[1], lists.weights_TK.shape[1]
     _route_kernel[(num_tokens,)](
         residual_TH, parts_TPH, norm_RH, router_REH, slot_T, variant_T, faces_VE, out_TH,
-        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.active_LF[layer],
-        lists.num_active_L[layer], lists.weights_TK,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.weights_TK,
         norm_RH.stride(0), router_REH.stride(0), faces_VE.stride(0), lists.pairs_LFC.shape[2], eps,
         P=parts_TPH.shape[1], H=hidden, E=num_experts,
         E_POW2=triton.next_power_of_2(num_experts), K=top_k,

@@ -50,6 +50,8 @@ class FusedDecoder:
         self.weights = weights
         self.faces_VLE = faces_VLE
         self.cache = cache
+        # Faces are addresses of private codes: the pools that own them have to live on.
+        self._owners = experts
         self.pools = [_kernel_pool(pool) for pool in experts]
         device = faces_VLE.device
         cos, sin = rotary_tables(
