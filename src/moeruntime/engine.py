@@ -20,7 +20,8 @@ from torch import Tensor
 from moeruntime.errors import RequestError, ResourceError, UsageError
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
-from moeruntime.loading import Loader, load_experts, resolve_device, resolve_dtype
+from moeruntime.loader import Loader
+from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models import Batch, Decoder
 from moeruntime.models.batch import Span, token_groups

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from moeruntime.loading import Loader
+from moeruntime.loader import Loader
 from moeruntime.models.decoder import parameter_roles
 from moeruntime.pack import WeightSource
 
@@ -123,6 +123,7 @@ class Residency:
                 self._table.release(name)
             else:
                 self._host[name] = self._load_host(name)
+            loader.finish()
             if on_variant:
                 on_variant(name)
 

@@ -14,7 +14,7 @@ import torch
 from moeconsolidate.evaluation import score_texts
 from moeruntime import Engine, Output, Request, SamplingParams, memory
 from moeruntime.errors import ResourceError
-from moeruntime.loading import Loader
+from moeruntime.loader import Loader
 from moeruntime.models import parameter_roles
 from moeruntime.pack import Pack
 from moeruntime.residency import Residency

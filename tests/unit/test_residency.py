@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeconsolidate import consolidate
-from moeruntime.loading import Loader
+from moeruntime.loader import Loader
 from moeruntime.models import parameter_roles
 from moeruntime.pack import Pack
 from moeruntime.residency import Residency, SlotTable
