@@ -52,6 +52,7 @@ class EngineOptions(TypedDict, total=False):
     max_sequences: int
     max_step_tokens: int
     cache_bytes: int | None
+    kept_layers: int
     on_progress: Callable[[str], None] | None
 
 
@@ -79,6 +80,7 @@ class Engine:
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
         cache_bytes: int | None = None,
+        kept_layers: int = 0,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load everything.
@@ -92,6 +94,10 @@ class Engine:
             max_sequences: most requests in one step.
             max_step_tokens: most tokens in one step.
             cache_bytes: size of the key-value cache; None chooses one that fits.
+            kept_layers: first layers of which every variant's weights stay on the device although
+                not all variants are resident; a prompt can begin on them while the others are
+                copied. Pays where cold variants get short prompts; costs what a layer's own
+                weights take, times the variants.
             on_progress: called with a line for each part loaded.
 
         Raises:
@@ -109,6 +115,10 @@ class Engine:
             )
         if cache_bytes is not None and cache_bytes < 1:
             raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
+        if not 0 <= kept_layers <= manifest.config.num_layers:
+            raise UsageError(
+                f"kept_layers is {kept_layers}, outside 0..{manifest.config.num_layers}"
+            )
         self.source = source
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
@@ -119,6 +129,7 @@ class Engine:
             device=self.device,
             max_sequences=max_sequences,
             cache_bytes=cache_bytes,
+            kept_layers=kept_layers,
         )
         say = on_progress or (lambda line: None)
         decoded = DecodedCache(self.memory.decoded_bytes)
@@ -129,6 +140,7 @@ class Engine:
                 min(resident, num_variants),
                 self.dtype,
                 loader,
+                kept_layers=kept_layers,
                 on_variant=lambda name: say(f"variant {name}"),
             )
             for layer in range(manifest.config.num_layers):
@@ -226,7 +238,8 @@ class Engine:
         # The kernels want each variant's tokens side by side.
         chunks.sort(key=lambda chunk: self.residency.slot(chunk.sequence.variant))
         batch = self._build(chunks)
-        hidden_TH = self.model.forward(batch)
+        gate = self.residency.gate({chunk.sequence.variant for chunk in chunks})
+        hidden_TH = self.model.forward(batch, gate)
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.num_tokens
         rows = [
@@ -318,8 +331,6 @@ class Engine:
     # -- one step, in pieces ----------------------------------------------------------------
 
     def _build(self, chunks: Sequence[Chunk]) -> Batch:
-        for variant in {chunk.sequence.variant for chunk in chunks}:
-            self.residency.wait_for(variant)
         return Batch.build(
             [
                 self._span(

@@ -21,6 +21,7 @@ from moeruntime.errors import ResourceError
 __all__ = ["HostMemory", "new_tensor"]
 
 HUGE_PAGE_BYTES = 2 * 2**20
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 
 
 class HostMemory:
@@ -45,7 +46,7 @@ class HostMemory:
             ResourceError: the driver will not lock so much.
         """
         address, num_bytes = self.data.data_ptr(), self.data.nbytes
-        status = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0))
+        status = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, PORTABLE))
         if status != 0:
             raise ResourceError(
                 f"cannot pin {num_bytes / 1e9:.1f} GB of host memory (CUDA error {status})"

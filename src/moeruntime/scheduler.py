@@ -2,6 +2,11 @@
 
 A sequence is admitted when a place in the batch, its variant and its cache blocks are there. It
 takes the blocks of its longest possible life at once, so nothing that runs is ever preempted.
+
+A waiting sequence already holds its variant's slot if one can be had, so that weights are copied
+while it waits for the rest. Only those that arrived before the first one without a slot do: later
+ones would otherwise keep from it the slots it waits for.
+
 Admission is in order of arrival, except that a sequence whose variant finds no resident slot
 lets later ones pass, up to `MAX_TIMES_PASSED` of them: then nothing new is admitted until a slot
 drains, so no variant starves.
@@ -81,16 +86,19 @@ class Scheduler:
         """Queue a sequence; it must fit the cache when nothing else runs."""
         assert sequence.num_blocks_needed <= self._blocks.num_blocks
         self.waiting.append(sequence)
+        self._hold_slots()
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and take back all it holds."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._variants.release(sequence.variant)
             self._blocks.free(sequence.block_table)
             sequence.block_table = []
         else:
             self.waiting.remove(sequence)
+        if sequence.holds_slot:
+            self._variants.release(sequence.variant)
+            sequence.holds_slot = False
 
     def schedule(self) -> list[Chunk]:
         """Admit what fits and choose the next step's tokens: decodes first, then prompts.
@@ -110,7 +118,16 @@ class Scheduler:
             budget -= count
         return chunks
 
+    def _hold_slots(self) -> None:
+        """Hold slots for waiting sequences, up to the first that finds none."""
+        for seq in self.waiting:
+            if not seq.holds_slot:
+                if not self._variants.admit(seq.variant):
+                    return
+                seq.holds_slot = True
+
     def _admit(self) -> None:
+        self._hold_slots()
         passed: list[Sequence] = []
         for seq in list(self.waiting):
             if len(self.running) == self._max_sequences:
@@ -120,9 +137,10 @@ class Scheduler:
             # The first of them has been passed most often.
             if passed and passed[0].times_passed >= MAX_TIMES_PASSED:
                 return
-            if not self._variants.admit(seq.variant):
+            if not seq.holds_slot and not self._variants.admit(seq.variant):
                 passed.append(seq)
                 continue
+            seq.holds_slot = True
             blocks = self._blocks.allocate(seq.num_blocks_needed)
             assert blocks is not None
             seq.block_table = blocks

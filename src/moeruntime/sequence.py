@@ -24,6 +24,7 @@ class Sequence:
         output_ids: tokens chosen so far.
         num_cached: tokens whose keys and values are in the cache.
         block_table: its cache blocks; empty while it waits.
+        holds_slot: whether it holds its variant's resident slot, as all that run do.
         times_passed: requests that were admitted before this one although they came later.
         finish_reason: None while it is alive.
     """
@@ -35,6 +36,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
+    holds_slot: bool = False
     times_passed: int = 0
     finish_reason: FinishReason | None = None
     _random: random.Random = field(init=False)

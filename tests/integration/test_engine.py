@@ -367,7 +367,7 @@ def test_how_many_are_resident_changes_nothing(engine: Engine, pack: Path, resid
         for name in VARIANTS
     ]
     expected = engine.generate(requests)
-    with Engine.from_pack(pack, device="cpu", resident=resident) as small:
+    with Engine.from_pack(pack, device="cpu", resident=resident, kept_layers=resident) as small:
         assert small.generate(requests) == expected
         assert small.residency.num_activations >= 4
         assert_clean(small)
