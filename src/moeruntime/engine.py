@@ -53,6 +53,7 @@ class EngineOptions(TypedDict, total=False):
     max_step_tokens: int
     cache_bytes: int | None
     kept_layers: int
+    prefix_cache: bool
     on_progress: Callable[[str], None] | None
 
 
@@ -81,6 +82,7 @@ class Engine:
         max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
         cache_bytes: int | None = None,
         kept_layers: int = 0,
+        prefix_cache: bool = True,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load everything.
@@ -98,6 +100,7 @@ class Engine:
                 not all variants are resident; a prompt can begin on them while the others are
                 copied. Pays where cold variants get short prompts; costs what a layer's own
                 weights take, times the variants.
+            prefix_cache: reuse keys and values of requests of the same variant that began alike.
             on_progress: called with a line for each part loaded.
 
         Raises:
@@ -160,6 +163,7 @@ class Engine:
             self.residency,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
+            prefix_cache=prefix_cache,
         )
         self._max_step_tokens = max_step_tokens
         self._prompts = Prompts(source, self.memory.num_blocks)

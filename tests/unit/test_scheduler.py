@@ -43,7 +43,9 @@ _ids = iter(range(10**9))
 
 
 def sequence(variant: str = "a", *, prompt: int = 4, max_tokens: int = 4) -> Sequence:
-    return Sequence(next(_ids), variant, [1] * prompt, SamplingParams(max_tokens=max_tokens))
+    """A sequence that shares its beginning with no other."""
+    number = next(_ids)
+    return Sequence(number, variant, [number] * prompt, SamplingParams(max_tokens=max_tokens))
 
 
 def make(
