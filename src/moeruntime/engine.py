@@ -7,7 +7,7 @@ them all together, the sampler chooses. Everything else here is admission and te
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -168,6 +168,8 @@ class Engine:
         self._max_step_tokens = max_step_tokens
         self._prompts = Prompts(source, self.memory.num_blocks)
         self._live: dict[int, _Live] = {}
+        # What `generate` and `stream` met that was not theirs, for whoever asks next.
+        self._kept: list[Delta] = []
         self._next_id = 0
 
     @classmethod
@@ -233,9 +235,30 @@ class Engine:
         live = self._live.pop(request_id, None)
         if live is not None:
             self.scheduler.remove(live.sequence)
+        self._kept = [delta for delta in self._kept if delta.request_id != request_id]
 
     def step(self) -> list[Delta]:
-        """Run one step over everything that can run and return what it added."""
+        """Run one step over everything that can run.
+
+        Returns:
+            What it added, after what `generate` or `stream` passed by since the last call.
+        """
+        deltas = self._kept + self._run()
+        self._kept = []
+        return deltas
+
+    def _step_for(self, request_ids: Container[int]) -> list[Delta]:
+        """What there is for some requests; runs a step if there is nothing yet."""
+        if not self._has_kept(request_ids):
+            self._kept += self._run()
+        mine = [delta for delta in self._kept if delta.request_id in request_ids]
+        self._kept = [delta for delta in self._kept if delta.request_id not in request_ids]
+        return mine
+
+    def _has_kept(self, request_ids: Container[int]) -> bool:
+        return any(delta.request_id in request_ids for delta in self._kept)
+
+    def _run(self) -> list[Delta]:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -271,8 +294,9 @@ class Engine:
             for request in requests:
                 ids.append(self.submit(request))
             outputs: dict[int, Output] = {}
+            wanted = set(ids)
             while len(outputs) < len(ids):
-                for delta in self.step():
+                for delta in self._step_for(wanted):
                     if delta.output:
                         outputs[delta.request_id] = delta.output
         except BaseException:
@@ -285,8 +309,9 @@ class Engine:
         """Run one request, yielding text as it becomes certain; the last delta has the output."""
         request_id = self.submit(request)
         try:
-            while request_id in self._live:
-                yield from (delta for delta in self.step() if delta.request_id == request_id)
+            # Others may step in between, finish this request and leave its end behind.
+            while request_id in self._live or self._has_kept({request_id}):
+                yield from self._step_for({request_id})
         finally:
             self.abort(request_id)
 
