@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -24,16 +24,19 @@ from moeruntime.loader import Loader
 from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models import Batch, Decoder
-from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.experts import DecodedCache
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.prompts import Prompts
 from moeruntime.request import Delta, FinishReason, Output, Request
 from moeruntime.residency import Residency
-from moeruntime.sampler import sample
-from moeruntime.scheduler import Chunk, Scheduler
+from moeruntime.runner import Launched, Runner
+from moeruntime.scheduler import Scheduler
 from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
+
+if TYPE_CHECKING:
+    from moeruntime.models.decode_graph import DecodeGraphs
+    from moeruntime.models.fused import FusedDecoder
 
 __all__ = ["Engine", "EngineOptions"]
 
@@ -157,7 +160,22 @@ class Engine:
             [[faces[name] for faces in faces_of] for name in manifest.variant_names],
             device=self.device,
         )
-        self.model = Decoder(manifest.config, self.residency.weights, experts, faces_VLE, cache)
+        parts = (manifest.config, self.residency.weights, experts, faces_VLE, cache)
+        self.graphs: DecodeGraphs | None = None
+        self.model: Decoder | FusedDecoder
+        if self.device.type == "cuda":
+            # Not before it is needed: this imports Triton, which a CPU build of torch lacks.
+            from moeruntime.models.decode_graph import DecodeGraphs
+            from moeruntime.models.fused import FusedDecoder
+
+            self.model = FusedDecoder(*parts)
+            self.graphs = DecodeGraphs(self.model, min(resident, num_variants), max_sequences)
+        else:
+            self.model = Decoder(*parts)
+        self._runner = Runner(
+            self.model, self.graphs, self.residency, self._variant_idx, self.device
+        )
+        self._ahead: Launched | None = None
         self.scheduler = Scheduler(
             self._blocks,
             self.residency,
@@ -259,29 +277,38 @@ class Engine:
         return any(delta.request_id in request_ids for delta in self._kept)
 
     def _run(self) -> list[Delta]:
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
-        # The kernels want each variant's tokens side by side.
-        chunks.sort(key=lambda chunk: self.residency.slot(chunk.sequence.variant))
-        batch = self._build(chunks)
-        gate = self.residency.gate({chunk.sequence.variant for chunk in chunks})
-        hidden_TH = self.model.forward(batch, gate)
-        for chunk in chunks:
-            chunk.sequence.num_cached += chunk.num_tokens
-        rows = [
-            (row, chunk.sequence)
-            for row, chunk in zip(batch.last_rows, chunks, strict=True)
-            if chunk.sequence.num_pending == 0
+        """Run one step and return what it added.
+
+        On a GPU, where the same sequences go on, the step after it is launched before its tokens
+        are looked at. A sequence that turns out to have ended leaves a token too many, in blocks
+        of its own, which nobody reads.
+        """
+        launched, self._ahead = self._ahead, None
+        if launched is None:
+            chunks = self.scheduler.schedule()
+            if not chunks:
+                return []
+            launched = self._runner.launch(chunks)
+        if self._goes_on(launched):
+            self._ahead = self._runner.launch_next(launched)
+        return [
+            self._advance(sequence, token)
+            for sequence, token in zip(launched.sequences, launched.wait(), strict=True)
+            if sequence.request_id in self._live
         ]
-        if not rows:
-            return []
-        sequences = [sequence for _, sequence in rows]
-        logits_NV = self._logits(hidden_TH, rows)
-        tokens = sample(
-            logits_NV, [s.sampling for s in sequences], [s.uniform() for s in sequences]
+
+    def _goes_on(self, launched: Launched) -> bool:
+        """Whether the next step is the same sequences, each with another token to come."""
+        return (
+            launched.repeats
+            and not self.scheduler.waiting
+            and len(self.scheduler.running) == len(launched.sequences)
+            and all(
+                sequence.request_id in self._live
+                and len(sequence.output_ids) + 2 <= sequence.sampling.max_tokens
+                for sequence in launched.sequences
+            )
         )
-        return [self._advance(s, token) for s, token in zip(sequences, tokens, strict=True)]
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
         """Run requests to the end, batched together; outputs come in the order of the requests.
@@ -359,34 +386,6 @@ class Engine:
 
     # -- one step, in pieces ----------------------------------------------------------------
 
-    def _build(self, chunks: Sequence[Chunk]) -> Batch:
-        return Batch.build(
-            [
-                self._span(
-                    chunk.sequence.variant,
-                    chunk.sequence.pending_ids(chunk.num_tokens),
-                    chunk.sequence.num_cached,
-                    chunk.sequence.block_table[
-                        : blocks_for(chunk.sequence.num_cached + chunk.num_tokens)
-                    ],
-                )
-                for chunk in chunks
-            ],
-            self.device,
-        )
-
-    def _span(
-        self, variant: str, token_ids: Sequence[int], start: int, blocks: Sequence[int]
-    ) -> Span:
-        return Span(
-            self.residency.slot(variant), self._variant_idx[variant], token_ids, start, blocks
-        )
-
-    def _logits(self, hidden_TH: Tensor, rows: Sequence[tuple[int, TokenSequence]]) -> Tensor:
-        picked = torch.tensor([row for row, _ in rows], device=self.device)
-        groups = token_groups([self.residency.slot(s.variant) for _, s in rows])
-        return self.model.logits(hidden_TH[picked], groups)
-
     def _advance(self, sequence: TokenSequence, token: int) -> Delta:
         """Take a chosen token into a sequence; finish it if this was its last."""
         live = self._live[sequence.request_id]
@@ -457,7 +456,7 @@ class Engine:
             spans, left = [], iter(blocks)
             for window in windows:
                 table = list(islice(left, blocks_for(len(window))))
-                spans.append(self._span(variant, window, 0, table))
+                spans.append(self._runner.span(variant, window, 0, table))
             batch = Batch.build(spans, self.device)
             hidden_TH = self.model.forward(batch)
             slot = batch.groups[0].slot

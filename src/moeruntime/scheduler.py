@@ -181,7 +181,9 @@ class Scheduler:
         """Let others find the blocks that the last step filled."""
         if not self._prefix_cache:
             return
-        while (seq.num_published + 1) * BLOCK_TOKENS <= seq.num_cached:
+        # A step may have been launched whose token nobody has seen.
+        num_known = min(seq.num_cached, len(seq.prompt_ids) + len(seq.output_ids))
+        while (seq.num_published + 1) * BLOCK_TOKENS <= num_known:
             start = seq.num_published * BLOCK_TOKENS
             tokens = seq.ids(start, start + BLOCK_TOKENS)
             block = seq.block_table[seq.num_published]
