@@ -7,7 +7,7 @@ them all together, the sampler chooses. Everything else here is admission and te
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 from moeruntime.errors import RequestError, ResourceError, UsageError
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
-from moeruntime.loading import Loader, load_experts, resolve_device, resolve_dtype
+from moeruntime.loader import Loader
+from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models import Batch, Decoder
 from moeruntime.models.experts import DecodedCache
@@ -54,6 +55,8 @@ class EngineOptions(TypedDict, total=False):
     max_sequences: int
     max_step_tokens: int
     cache_bytes: int | None
+    kept_layers: int
+    prefix_cache: bool
     on_progress: Callable[[str], None] | None
 
 
@@ -81,6 +84,8 @@ class Engine:
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
         cache_bytes: int | None = None,
+        kept_layers: int = 0,
+        prefix_cache: bool = True,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load everything.
@@ -94,6 +99,11 @@ class Engine:
             max_sequences: most requests in one step.
             max_step_tokens: most tokens in one step.
             cache_bytes: size of the key-value cache; None chooses one that fits.
+            kept_layers: first layers of which every variant's weights stay on the device although
+                not all variants are resident; a prompt can begin on them while the others are
+                copied. Pays where cold variants get short prompts; costs what a layer's own
+                weights take, times the variants.
+            prefix_cache: reuse keys and values of requests of the same variant that began alike.
             on_progress: called with a line for each part loaded.
 
         Raises:
@@ -111,6 +121,10 @@ class Engine:
             )
         if cache_bytes is not None and cache_bytes < 1:
             raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
+        if not 0 <= kept_layers <= manifest.config.num_layers:
+            raise UsageError(
+                f"kept_layers is {kept_layers}, outside 0..{manifest.config.num_layers}"
+            )
         self.source = source
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
@@ -121,6 +135,7 @@ class Engine:
             device=self.device,
             max_sequences=max_sequences,
             cache_bytes=cache_bytes,
+            kept_layers=kept_layers,
         )
         say = on_progress or (lambda line: None)
         decoded = DecodedCache(self.memory.decoded_bytes)
@@ -131,6 +146,7 @@ class Engine:
                 min(resident, num_variants),
                 self.dtype,
                 loader,
+                kept_layers=kept_layers,
                 on_variant=lambda name: say(f"variant {name}"),
             )
             for layer in range(manifest.config.num_layers):
@@ -165,10 +181,13 @@ class Engine:
             self.residency,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
+            prefix_cache=prefix_cache,
         )
         self._max_step_tokens = max_step_tokens
         self._prompts = Prompts(source, self.memory.num_blocks)
         self._live: dict[int, _Live] = {}
+        # What `generate` and `stream` met that was not theirs, for whoever asks next.
+        self._kept: list[Delta] = []
         self._next_id = 0
 
     @classmethod
@@ -234,9 +253,31 @@ class Engine:
         live = self._live.pop(request_id, None)
         if live is not None:
             self.scheduler.remove(live.sequence)
+        self._kept = [delta for delta in self._kept if delta.request_id != request_id]
 
     def step(self) -> list[Delta]:
-        """Run one step over everything that can run and return what it added.
+        """Run one step over everything that can run.
+
+        Returns:
+            What it added, after what `generate` or `stream` passed by since the last call.
+        """
+        deltas = self._kept + self._run()
+        self._kept = []
+        return deltas
+
+    def _step_for(self, request_ids: Container[int]) -> list[Delta]:
+        """What there is for some requests; runs a step if there is nothing yet."""
+        if not self._has_kept(request_ids):
+            self._kept += self._run()
+        mine = [delta for delta in self._kept if delta.request_id in request_ids]
+        self._kept = [delta for delta in self._kept if delta.request_id not in request_ids]
+        return mine
+
+    def _has_kept(self, request_ids: Container[int]) -> bool:
+        return any(delta.request_id in request_ids for delta in self._kept)
+
+    def _run(self) -> list[Delta]:
+        """Run one step and return what it added.
 
         On a GPU, where the same sequences go on, the step after it is launched before its tokens
         are looked at. A sequence that turns out to have ended leaves a token too many, in blocks
@@ -280,8 +321,9 @@ class Engine:
             for request in requests:
                 ids.append(self.submit(request))
             outputs: dict[int, Output] = {}
+            wanted = set(ids)
             while len(outputs) < len(ids):
-                for delta in self.step():
+                for delta in self._step_for(wanted):
                     if delta.output:
                         outputs[delta.request_id] = delta.output
         except BaseException:
@@ -294,8 +336,9 @@ class Engine:
         """Run one request, yielding text as it becomes certain; the last delta has the output."""
         request_id = self.submit(request)
         try:
-            while request_id in self._live:
-                yield from (delta for delta in self.step() if delta.request_id == request_id)
+            # Others may step in between, finish this request and leave its end behind.
+            while request_id in self._live or self._has_kept({request_id}):
+                yield from self._step_for({request_id})
         finally:
             self.abort(request_id)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.errors import ResourceError, UsageError
+from moeruntime.hostmemory import new_tensor
+from moeruntime.loader import Loader
 from moeruntime.models.experts import (
     DecodedCache,
     DensePool,
@@ -21,11 +20,11 @@ from moeruntime.models.experts import (
     NestedPart,
     NestedPool,
 )
-from moeruntime.pack import MadeTensor, StoredTensor, WeightSource
+from moeruntime.pack import StoredTensor, WeightSource
 from moeruntime.pack.manifest import EXPERT_PARTS
 from moeruntime.tensorfile import DTYPES
 
-__all__ = ["Loader", "load_experts", "resolve_device", "resolve_dtype"]
+__all__ = ["load_experts", "resolve_device", "resolve_dtype"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -54,52 +53,6 @@ def resolve_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
     return known[name]
 
 
-class Loader:
-    """Brings stored tensors to where they are computed with, through one buffer of host memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Load for `device`."""
-        self.device = device
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    def load(self, stored: Sequence[StoredTensor], out: Tensor) -> None:
-        """Fill a contiguous tensor, on the device or in host memory, converting the dtype.
-
-        Args:
-            stored: tensors whose elements follow one another.
-            out: takes all of them.
-        """
-        start, out_N = 0, out.view(-1)
-        for tensor in stored:
-            stop = start + math.prod(tensor.shape)
-            target = out_N[start:stop].view(tensor.shape)
-            if isinstance(tensor, MadeTensor):
-                self._make(tensor, target)
-            else:
-                target.copy_(tensor.read())
-            start = stop
-        assert start == len(out_N)
-
-    def _make(self, tensor: MadeTensor, out: Tensor) -> None:
-        if (out.dtype, out.device.type) == (tensor.dtype, self.device.type):
-            tensor.fill(out)
-            return
-        # On the device even when it is for the host: making it there is so much faster.
-        made = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        tensor.fill(made)
-        out.copy_(made)
-
-
 def load_experts(
     source: WeightSource,
     layer: int,
@@ -107,7 +60,7 @@ def load_experts(
     loader: Loader,
     cache: DecodedCache,
 ) -> ExpertPool:
-    """Bring one layer's experts to the loader's device, as they are stored."""
+    """Start bringing one layer's experts to the loader's device, as they are stored."""
     if source.manifest.nested is not None:
         return _load_nested(source, source.manifest.nested, layer, dtype, loader, cache)
     return _load_dense(source, layer, dtype, loader)
@@ -117,7 +70,7 @@ def _load_dense(source: WeightSource, layer: int, dtype: torch.dtype, loader: Lo
     pools = {}
     for part in EXPERT_PARTS:
         shape = (source.manifest.num_slots[layer], *source.manifest.part_shape(part))
-        pools[part] = torch.empty(shape, dtype=dtype, device=loader.device)
+        pools[part] = new_tensor(shape, dtype, loader.device)
         for slot in range(shape[0]):
             loader.load(source.slot(layer, part, slot), pools[part][slot])
     return DensePool(pools["gate_up"], pools["down"])
@@ -131,10 +84,10 @@ def _load_nested(
     loader: Loader,
     cache: DecodedCache,
 ) -> NestedPool:
-    """Bring shared and private codes; nothing is decoded yet."""
+    """Start bringing shared and private codes; nothing is decoded yet."""
 
     def bring(stored: StoredTensor) -> Tensor:
-        out = torch.empty(stored.shape, dtype=stored.dtype, device=loader.device)
+        out = new_tensor(stored.shape, stored.dtype, loader.device)
         loader.load((stored,), out)
         return out
 

@@ -79,8 +79,7 @@ class Runner:
         """Run a step; its sequences' `num_cached` moves on at once."""
         # The kernels want each variant's tokens side by side.
         chunks = sorted(chunks, key=lambda chunk: self._residency.slot(chunk.sequence.variant))
-        for variant in {chunk.sequence.variant for chunk in chunks}:
-            self._residency.wait_for(variant)
+        variants = {chunk.sequence.variant for chunk in chunks}
         spans = [self._span_of(chunk) for chunk in chunks]
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.num_tokens
@@ -88,6 +87,8 @@ class Runner:
         if self._graphs is not None and all(len(span.token_ids) == 1 for span in spans):
             # Every chunk is a decode, or the last token of a prompt: all of them go on.
             repeats = len(sequences) == len(chunks)
+            for variant in variants:
+                self._residency.wait_for(variant)
             logits_TV, tokens_T = self._graphs.run(spans)
             if not repeats:
                 rows = [row for row, c in enumerate(chunks) if c.sequence.num_pending == 0]
@@ -95,7 +96,7 @@ class Runner:
                 logits_TV, tokens_T = logits_TV[picked], tokens_T[picked]
             return self._choose(sequences, logits_TV, tokens_T, repeats)
         batch = Batch.build(spans, self._device)
-        hidden_TH = self.model.forward(batch)
+        hidden_TH = self.model.forward(batch, self._residency.gate(variants))
         rows = [
             row
             for row, chunk in zip(batch.last_rows, chunks, strict=True)

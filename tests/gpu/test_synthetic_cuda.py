@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeruntime import Engine, Request, SamplingParams
-from moeruntime.loading import Loader
+from moeruntime.loader import Loader
 from moeruntime.pack import MadeTensor
 from moeruntime.synthetic import SyntheticSource
 

@@ -10,7 +10,7 @@ L layers, E logical experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +69,19 @@ class FusedDecoder:
         return max(num_faces(pool) for pool in self.pools)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, before_layer: Callable[[int], None] | None = None) -> Tensor:
         """Run one step and write its keys and values to the cache.
+
+        Args:
+            batch: the step.
+            before_layer: as `Decoder.forward` has it.
 
         Returns:
             hidden_TH after the final norm, in the order of the batch.
         """
         config = self.config
+        before_layer = before_layer or (lambda layer: None)
+        before_layer(-1)
         embedded_TH = self.weights["embed_tokens"][batch.slot_T, batch.token_ids_T]
         residual_TH = embedded_TH.float()
         out_TH = torch.empty_like(embedded_TH)
@@ -99,10 +105,12 @@ class FusedDecoder:
             )
 
         for layer in range(config.num_layers):
+            before_layer(layer)
             add_norm(layer_role(layer, "input_norm"), *parts)
             attended_TH = self._attention(layer, out_TH, batch)
             add_norm(layer_role(layer, "post_attention_norm"), attended_TH[:, None])
             parts = self._experts(layer, out_TH, batch)
+        before_layer(config.num_layers)
         add_norm("final_norm", *parts)
         return out_TH
 
