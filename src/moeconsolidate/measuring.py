@@ -63,8 +63,8 @@ def measure(
     coded = list(originals)
     config = checkpoints[0].config
     for plan in layers:
-        reader.fill(plan.layer)
-        decoded = decode_layer(plan, reader.experts_EP, config, statistics)
+        reader.read(plan.layer, plan)
+        decoded = decode_layer(plan, reader.experts_EP, config, reader.aligned(statistics))
         for idx, checkpoint in enumerate(checkpoints):
             original = StreamedLayer(checkpoint, plan.layer)
             replaced = StreamedLayer(checkpoint, plan.layer, experts=decoded[idx])

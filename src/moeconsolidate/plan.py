@@ -22,10 +22,12 @@ __all__ = ["ConsolidationPlan", "ExpertRef", "LayerPlan", "OnProgress", "Progres
 T = TypeVar("T")
 
 LOSSLESS_THRESHOLD = 1.0
+DEFAULT_THRESHOLD = 0.9
 _CHOICES = {
-    "similarity": ("cosine",),
-    "signal": ("weights",),
+    "similarity": ("cosine", "cka"),
+    "signal": ("weights", "activations"),
     "linkage": ("average",),
+    "alignment": ("none", "neurons"),
     "merge": (
         "average",
         "first",
@@ -64,9 +66,11 @@ class Recipe:
     Attributes:
         threshold: experts share a slot where their average similarity reaches this; 1.0 shares
             bit-identical experts only, and so loses nothing.
-        similarity: how two experts are compared.
-        signal: what is compared.
+        similarity: how two experts are compared: "cosine" or "cka", as `similarity` defines them.
+        signal: what is compared: "weights" or "activations", as `signals` defines them.
         linkage: how the similarity of two clusters follows from their members'.
+        alignment: "neurons" brings those of a slot's members into one order before they are merged
+            or coded; "none" takes experts as they are.
         merge: how the weights of a slot follow from its members', where code is "plain".
         code: "nested" stores a slot's shared bits and each member's private bits; "plain" stores
             one merged expert as it is.
@@ -81,6 +85,7 @@ class Recipe:
     similarity: str = "cosine"
     signal: str = "weights"
     linkage: str = "average"
+    alignment: str = "none"
     merge: str = "average"
     code: str = "plain"
     calibration: str = "none"
@@ -114,11 +119,27 @@ class Recipe:
             raise UsageError(f"merge '{self.merge}' makes plain experts, not {self.code} codes")
         if self.merge in CALIBRATED_MERGES and self.calibration == "none":
             raise UsageError(f"merge '{self.merge}' needs calibration, with text or by itself")
+        if self.signal == "activations" and self.calibration == "none":
+            raise UsageError("signal 'activations' needs calibration, with text or by itself")
+        if self.lossless and self.alignment != "none":
+            raise UsageError("alignment reorders neurons, and a lossless pack keeps every bit")
+        if self.lossless and (self.similarity, self.signal) != ("cosine", "weights"):
+            raise UsageError(
+                "at threshold 1.0 only bit-identical experts share a slot: there is nothing that "
+                "another similarity or signal could decide"
+            )
 
     @property
     def lossless(self) -> bool:
         """Whether every variant comes out of the pack as it went in."""
         return self.threshold == LOSSLESS_THRESHOLD and self.code == "plain"
+
+    @property
+    def weighed(self) -> bool:
+        """Whether calibration says how much each weight matters, beyond who is alike."""
+        return self.calibration != "none" and (
+            self.code == "nested" or self.merge in CALIBRATED_MERGES
+        )
 
     @property
     def allocated(self) -> bool:

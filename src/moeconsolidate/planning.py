@@ -23,6 +23,7 @@ from moeconsolidate.measuring import MeasuredLoss, measure
 from moeconsolidate.plan import (
     CALIBRATED_MERGES,
     DEFAULT_CODES,
+    DEFAULT_THRESHOLD,
     LOSSLESS_THRESHOLD,
     ConsolidationPlan,
     LayerPlan,
@@ -30,6 +31,7 @@ from moeconsolidate.plan import (
     Progress,
     Recipe,
 )
+from moeconsolidate.signals import expert_inputs, num_inputs
 from moeconsolidate.texts import Windows, sampled_windows, text_windows
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import UsageError
@@ -58,17 +60,22 @@ class Calibration:
         statistics: of each variant, in order; None where there was none.
         texts: variant -> sha256 of its tokens.
         held_out: of each variant, windows [W, T] that nothing was learned from.
+        inputs: of each layer, inputs [N, H] to compare its experts by; empty where weights are.
     """
 
     statistics: Sequence[Statistics] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     held_out: Sequence[Tensor] = ()
+    inputs: Sequence[Tensor] = ()
 
 
 def resolve_recipe(
     checkpoints: Sequence[Checkpoint],
     *,
-    threshold: float,
+    threshold: float | None,
+    similarity: str | None,
+    signal: str | None,
+    align: bool,
     merge: str | None,
     code: str | None,
     budget: str | None,
@@ -80,18 +87,28 @@ def resolve_recipe(
     Raises:
         UsageError: a value is out of range, or the choices contradict each other.
     """
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
     chooses = budget is not None or max_loss is not None
     _check_texts(texts, checkpoints)
     if code is None:
         merges = merge is not None or (threshold == LOSSLESS_THRESHOLD and not chooses)
         code = "plain" if merges else "nested"
-    learns = merge in CALIBRATED_MERGES
-    calibration = "text" if texts else "self" if chooses or learns else "none"
+    # Weights of unlike ancestry say nothing before their neurons are aligned; what experts do does.
+    signal = signal or ("activations" if align else "weights")
+    learns = merge in CALIBRATED_MERGES or signal == "activations"
+    if texts and code != "nested" and not learns:
+        raise UsageError(
+            "nothing of this pack depends on calibration text: it stores plain experts that are "
+            "compared by their weights; leave --calibration out"
+        )
     return Recipe(
         threshold=threshold,
+        similarity=similarity or "cosine",
+        signal=signal,
+        alignment="neurons" if align else "none",
         merge=merge or "average",
         code=code,
-        calibration=calibration if code == "nested" or learns else "none",
+        calibration="text" if texts else "self" if chooses or learns else "none",
         budget_bytes=None if budget is None else _budget_bytes(budget, checkpoints),
         max_loss=max_loss,
     )
@@ -109,40 +126,52 @@ def calibrate(
         UsageError: the recipe was made with other text than is given now.
         InputError: a text is bad or too short.
     """
+    if texts and recipe.calibration != "text":
+        raise UsageError("the plan was made without calibration text; leave --calibration out")
     if recipe.calibration == "none":
         return Calibration()
     if recipe.calibration == "text" and not texts:
         raise UsageError("the plan was made with calibration text; give the same --calibration")
     _check_texts(texts, checkpoints)
-    total = 2 * checkpoints[0].config.num_layers * len(checkpoints)
+    compares = recipe.signal == "activations"
+    sweeps = 2 * recipe.weighed + compares
+    total = sweeps * checkpoints[0].config.num_layers * len(checkpoints)
     done = count(1)
 
-    def learn(checkpoint: Checkpoint) -> tuple[Windows, Statistics]:
+    def on_layer(_: int) -> None:
+        report(Progress("calibration", next(done), total))
+
+    def learn(variant_idx: int) -> tuple[Windows, Statistics | None, Tensor | None]:
+        checkpoint = checkpoints[variant_idx]
         if recipe.calibration == "text":
             windows = text_windows(checkpoint, texts[checkpoint.name])
         else:
             windows = sampled_windows(checkpoint)
         if recipe.texts and recipe.texts.get(checkpoint.name) != windows.sha256:
             raise UsageError(f"'{checkpoint.name}': the plan was made with other calibration text")
-        statistics = collect(
-            checkpoint,
-            windows.learned,
-            on_layer=lambda _: report(Progress("calibration", next(done), total)),
-        )
-        return windows, statistics
+        statistics = inputs_LNH = None
+        if recipe.weighed:
+            statistics = collect(checkpoint, windows.learned, on_layer=on_layer)
+        if compares:
+            share = num_inputs(variant_idx, len(checkpoints))
+            inputs_LNH = expert_inputs(checkpoint, windows.learned, share, on_layer=on_layer)
+        return windows, statistics, inputs_LNH
 
     with (
         single_threaded_torch() as num_threads,
         ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        learned = list(pool.map(learn, checkpoints))
+        learned = list(pool.map(learn, range(len(checkpoints))))
+    statistics = [one for _, one, _ in learned if one is not None]
+    inputs = [one for _, _, one in learned if one is not None]
     return Calibration(
-        [statistics for _, statistics in learned],
+        statistics or None,
         {
             checkpoint.name: windows.sha256
-            for checkpoint, (windows, _) in zip(checkpoints, learned, strict=True)
+            for checkpoint, (windows, _, _) in zip(checkpoints, learned, strict=True)
         },
-        [windows.held_out for windows, _ in learned],
+        [windows.held_out for windows, _, _ in learned],
+        list(torch.cat(inputs, dim=1)) if inputs else (),
     )
 
 
@@ -159,7 +188,7 @@ def plan_layers(
             most bits reach.
     """
     config = checkpoints[0].config
-    reader = LayerReader(checkpoints, recipe)
+    reader = LayerReader(checkpoints, recipe, calibration.inputs)
     plans: list[LayerPlan] = []
     units: list[Unit] = []
     parts: list[str] = []
@@ -170,9 +199,10 @@ def plan_layers(
         if recipe.allocated:
             assert calibration.statistics is not None
             layer_of = (layer, plan.slots, reader.experts_EP, config, nested)
-            units += layer_units(*layer_of, calibration.statistics)
+            statistics = reader.aligned(calibration.statistics)
+            units += layer_units(*layer_of, statistics)
             parts += [part for part in EXPERT_PARTS for _ in plan.slots]
-            coherence.watch(*layer_of, calibration.statistics)
+            coherence.watch(*layer_of, statistics)
         elif recipe.code == "nested":
             plan = with_default_codes(plan)
         plans.append(plan)

@@ -481,7 +481,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
         (["--calibration", "maths=x.jsonl"], "calibration for 'maths', which is no variant"),
         (["--calibration", "math=x.jsonl"], "for some variants, but not for base"),
         (["--calibration", "math"], "--calibration 'math' is not NAME=PATH"),
-        (["--plan", "plan.json", "--budget", "0.2x"], "--plan has budget, loss, code"),
+        (["--plan", "plan.json", "--budget", "0.2x"], "--plan has every choice in it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
