@@ -24,6 +24,7 @@ from moeconsolidate.options import (
     Models,
     PackArgument,
     Quiet,
+    SharedBits,
     Signal,
     Similarity,
     Threshold,
@@ -97,6 +98,7 @@ def consolidate(
     max_loss: MaxLoss = None,
     calibration: CalibrationTexts = None,
     code: Code = None,
+    shared_bits: SharedBits = None,
     merge: Merge = None,
     plan: Annotated[
         Path | None,
@@ -125,7 +127,8 @@ def consolidate(
     from moeconsolidate.report import summarise
     from moeruntime.pack import Pack
 
-    decided = (threshold, similarity, signal, align or None, budget, max_loss, code, merge)
+    bits = (budget, max_loss, code, shared_bits)
+    decided = (threshold, similarity, signal, align or None, merge, *bits)
     if plan is not None and any(one is not None for one in decided):
         raise UsageError(
             "--plan has every choice in it; of the options that choose, give --calibration alone"
@@ -140,6 +143,7 @@ def consolidate(
             align=align,
             merge=merge,
             code=code,
+            shared_bits=shared_bits,
             budget=budget,
             max_loss=max_loss,
             calibration=texts_of(calibration),
@@ -169,6 +173,7 @@ def make_plan(
     max_loss: MaxLoss = None,
     calibration: CalibrationTexts = None,
     code: Code = None,
+    shared_bits: SharedBits = None,
     merge: Merge = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -199,6 +204,7 @@ def make_plan(
             align=align,
             merge=merge,
             code=code,
+            shared_bits=shared_bits,
             budget=budget,
             max_loss=max_loss,
             calibration=texts_of(calibration),

@@ -21,6 +21,7 @@ __all__ = [
     "Models",
     "PackArgument",
     "Quiet",
+    "SharedBits",
     "Signal",
     "Similarity",
     "Threshold",
@@ -101,6 +102,13 @@ Code = Annotated[
     typer.Option(
         help="nested: shared bits and a few private ones for each variant. plain: one merged "
         "expert as it is. Default: plain with --merge and at threshold 1.0, nested otherwise."
+    ),
+]
+SharedBits = Annotated[
+    int | None,
+    typer.Option(
+        show_default="4",
+        help="Bits of a weight that nested codes share, 2 to 6; fewer fit smaller budgets.",
     ),
 ]
 Merge = Annotated[

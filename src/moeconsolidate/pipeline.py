@@ -61,6 +61,7 @@ def consolidate(
     align: bool = False,
     merge: str | None = None,
     code: str | None = None,
+    shared_bits: int | None = None,
     budget: str | None = None,
     max_loss: float | None = None,
     calibration: Mapping[str, Sequence[Path]] | None = None,
@@ -82,6 +83,7 @@ def consolidate(
         merge: the rule that makes one plain expert of a slot's members; None is "average".
         code: "nested" or "plain"; None is plain where a merge rule is given and at threshold 1.0,
             which loses nothing, and nested otherwise.
+        shared_bits: of nested codes, 2 to 6; None is 4.
         budget: bytes that experts may take, such as "60GB", or "0.25x" of separate models'.
         max_loss: instead of a budget, the predicted loss of the worst variant, nats per token.
         calibration: variant -> JSONL files of its text. Where some is needed and none is given, the
@@ -107,6 +109,7 @@ def consolidate(
                 align=align,
                 merge=merge,
                 code=code,
+                shared_bits=shared_bits,
                 budget=budget,
                 max_loss=max_loss,
                 texts=texts,
@@ -121,14 +124,14 @@ def consolidate(
         if plan is None and recipe.allocated:
             plan = plan_layers(checkpoints, recipe, learned, report)
         reader = LayerReader(checkpoints, recipe, learned.inputs)
-        nested = nested_format(config) if recipe.code == "nested" else None
+        nested = nested_format(config, recipe.shared_bits) if recipe.code == "nested" else None
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
                 shared = reader.read(layer, plan.layers[layer] if plan else None)
                 if nested is not None and plan is None:
-                    shared = with_default_codes(shared)
+                    shared = with_default_codes(shared, recipe.shared_bits)
                 layers.append(shared)
                 statistics = learned.statistics and reader.aligned(learned.statistics)
                 if nested is None:
@@ -167,6 +170,7 @@ def make_plan(
     align: bool = False,
     merge: str | None = None,
     code: str | None = None,
+    shared_bits: int | None = None,
     budget: str | None = None,
     max_loss: float | None = None,
     calibration: Mapping[str, Sequence[Path]] | None = None,
@@ -187,6 +191,7 @@ def make_plan(
             align=align,
             merge=merge,
             code=code,
+            shared_bits=shared_bits,
             budget=budget,
             max_loss=max_loss,
             texts=texts,

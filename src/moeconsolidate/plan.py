@@ -43,8 +43,15 @@ _CHOICES = {
 CALIBRATED_MERGES = ("frequency-weighted", "regmean")
 """Merge rules that need calibration."""
 
-DEFAULT_CODES = (PrivateCode(3, 2), PrivateCode(3, 2))
-"""Private codes of every expert where no budget decides: small losses without any data."""
+DEFAULT_SHARED_BITS = 4
+
+
+def default_code(shared_bits: int) -> PrivateCode:
+    """Private code where no budget decides: small losses without any data.
+
+    Its steps reach over two of the shared code's, as far as the integers allow.
+    """
+    return PrivateCode(3, max(1, 2 ** (5 - shared_bits)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,7 @@ class Recipe:
         merge: how the weights of a slot follow from its members', where code is "plain".
         code: "nested" stores a slot's shared bits and each member's private bits; "plain" stores
             one merged expert as it is.
+        shared_bits: bits of a weight's shared code, 2 to 6, where code is "nested".
         calibration: what says how much each weight matters: "text" that was given, text sampled
             from each variant it"self", or "none".
         budget_bytes: experts take at most this; None where no budget decides.
@@ -88,6 +96,7 @@ class Recipe:
     alignment: str = "none"
     merge: str = "average"
     code: str = "plain"
+    shared_bits: int = DEFAULT_SHARED_BITS
     calibration: str = "none"
     budget_bytes: int | None = None
     max_loss: float | None = None
@@ -102,6 +111,8 @@ class Recipe:
         # Written so that NaN, which no comparison holds for, is refused as well.
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"threshold {self.threshold} is outside 0..1")
+        if not 2 <= self.shared_bits <= 6:
+            raise UsageError(f"{self.shared_bits} shared bits are outside 2..6")
         if self.budget_bytes is not None and self.budget_bytes < 1:
             raise UsageError(f"budget of {self.budget_bytes} bytes; it must be at least 1")
         if self.max_loss is not None and not 0.0 < self.max_loss <= 100.0:
@@ -158,6 +169,7 @@ class Recipe:
             recipe = cls(
                 threshold=source.number("threshold", 0.0, 1.0),
                 **{name: source.text(name) for name in _CHOICES},
+                shared_bits=source.integer("shared_bits", 2, 6),
                 budget_bytes=_optional(
                     source, "budget_bytes", lambda: source.integer("budget_bytes", 1, 2**62)
                 ),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeconsolidate.allocation import Allocation, Unit, allocate
+from moeconsolidate.allocation import Allocation, Unit, allocate, options_for
 from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import Coherence, layer_units, nested_format
@@ -22,7 +22,7 @@ from moeconsolidate.layers import LayerReader
 from moeconsolidate.measuring import MeasuredLoss, measure
 from moeconsolidate.plan import (
     CALIBRATED_MERGES,
-    DEFAULT_CODES,
+    DEFAULT_SHARED_BITS,
     DEFAULT_THRESHOLD,
     LOSSLESS_THRESHOLD,
     ConsolidationPlan,
@@ -30,6 +30,7 @@ from moeconsolidate.plan import (
     Prediction,
     Progress,
     Recipe,
+    default_code,
 )
 from moeconsolidate.signals import expert_inputs, num_inputs
 from moeconsolidate.texts import Windows, sampled_windows, text_windows
@@ -78,6 +79,7 @@ def resolve_recipe(
     align: bool,
     merge: str | None,
     code: str | None,
+    shared_bits: int | None,
     budget: str | None,
     max_loss: float | None,
     texts: Mapping[str, Sequence[Path]],
@@ -93,6 +95,8 @@ def resolve_recipe(
     if code is None:
         merges = merge is not None or (threshold == LOSSLESS_THRESHOLD and not chooses)
         code = "plain" if merges else "nested"
+    if shared_bits is not None and code == "plain":
+        raise UsageError("shared bits are those of nested codes; this pack stores plain experts")
     # Weights of unlike ancestry say nothing before their neurons are aligned; what experts do does.
     signal = signal or ("activations" if align else "weights")
     learns = merge in CALIBRATED_MERGES or signal == "activations"
@@ -108,6 +112,7 @@ def resolve_recipe(
         alignment="neurons" if align else "none",
         merge=merge or "average",
         code=code,
+        shared_bits=DEFAULT_SHARED_BITS if shared_bits is None else shared_bits,
         calibration="text" if texts else "self" if chooses or learns else "none",
         budget_bytes=None if budget is None else _budget_bytes(budget, checkpoints),
         max_loss=max_loss,
@@ -192,8 +197,8 @@ def plan_layers(
     plans: list[LayerPlan] = []
     units: list[Unit] = []
     parts: list[str] = []
-    coherence = Coherence(len(checkpoints))
-    nested = nested_format(config)
+    coherence = Coherence(len(checkpoints), recipe.shared_bits)
+    nested = nested_format(config, recipe.shared_bits)
     for layer in range(config.num_layers):
         plan = reader.read(layer)
         if recipe.allocated:
@@ -204,7 +209,7 @@ def plan_layers(
             parts += [part for part in EXPERT_PARTS for _ in plan.slots]
             coherence.watch(*layer_of, statistics)
         elif recipe.code == "nested":
-            plan = with_default_codes(plan)
+            plan = with_default_codes(plan, recipe.shared_bits)
         plans.append(plan)
         report(Progress("planning", layer + 1, config.num_layers))
     if not recipe.allocated:
@@ -218,6 +223,7 @@ def plan_layers(
         checkpoints,
         _with_choices(plans, chosen),
         reader,
+        nested,
         calibration.statistics or (),
         calibration.held_out,
     )
@@ -238,7 +244,13 @@ def _allocate(
     units: Sequence[Unit], num_variants: int, recipe: Recipe, budget_bytes: int | None
 ) -> Allocation:
     """Choose bits, and complain if what was asked for cannot be had."""
-    chosen = allocate(units, num_variants, budget_bytes=budget_bytes, max_loss=recipe.max_loss)
+    chosen = allocate(
+        units,
+        num_variants,
+        budget_bytes=budget_bytes,
+        max_loss=recipe.max_loss,
+        options=options_for(recipe.shared_bits),
+    )
     if budget_bytes is not None and chosen.num_bytes > budget_bytes:
         raise UsageError(
             f"a budget of {recipe.budget_bytes} bytes is too small: without any private bits the "
@@ -303,9 +315,10 @@ def check_plan(plan: ConsolidationPlan, checkpoints: Sequence[Checkpoint]) -> No
             raise UsageError(f"the plan's layer {layer.layer} does not fit its recipe's code")
 
 
-def with_default_codes(plan: LayerPlan) -> LayerPlan:
+def with_default_codes(plan: LayerPlan, shared_bits: int) -> LayerPlan:
     """Give every expert the private bits that serve without any data."""
-    return plan.with_codes([[DEFAULT_CODES] * len(members) for members in plan.slots])
+    code = default_code(shared_bits)
+    return plan.with_codes([[(code, code)] * len(members) for members in plan.slots])
 
 
 def _check_texts(texts: Mapping[str, Sequence[Path]], checkpoints: Sequence[Checkpoint]) -> None:

@@ -158,6 +158,38 @@ def test_a_budget_is_met_where_columns_do_not_fill_words(
 
 
 @pytest.mark.usefixtures("little_text")
+@pytest.mark.parametrize("shared_bits", [2, 3, 5])
+def test_fewer_or_more_bits_may_be_shared(two: Folders, tmp_path: Path, shared_bits: int) -> None:
+    """Unshared experts, too, come below what 4 bits each would take."""
+    result = consolidate(
+        two, tmp_path / "pack", threshold=1.0, code="nested", budget="0.4x", shared_bits=shared_bits
+    )
+    nested = verify_pack(result.pack).nested
+    assert nested is not None
+    assert {code.shared_bits for code in nested.values()} == {shared_bits}
+    assert result.plan.num_slots == (16, 16)
+    assert result.manifest.coded_bytes() <= (result.plan.recipe.budget_bytes or 0)
+    again = ConsolidationPlan.from_bytes(json.dumps(result.plan.to_json()).encode(), "plan.json")
+    planned = consolidate(two, tmp_path / "planned", plan=again)
+    assert tree_digests(planned.pack) == tree_digests(result.pack)
+
+
+def test_the_default_codes_follow_the_shared_bits(two: Folders, tmp_path: Path) -> None:
+    errors = []
+    for shared_bits in (2, 3, 4):
+        out = tmp_path / str(shared_bits)
+        consolidate(two, out, shared_bits=shared_bits)
+        with Pack(out) as opened, Checkpoint("math", two["math"]) as checkpoint:
+            row_P = torch.empty(checkpoint.config.expert_numel, dtype=checkpoint.expert_dtype)
+            checkpoint.read_expert(1, 3, out=row_P)
+            found = [
+                opened.read_expert("math", 1, 3, part).flatten() for part in ("gate_up", "down")
+            ]
+            errors.append(float((torch.cat(found).float() - row_P.float()).norm()))
+    assert errors[0] > 1.5 * errors[1] > 1.5 * 1.5 * errors[2]
+
+
+@pytest.mark.usefixtures("little_text")
 def test_a_loss_is_predicted_and_met(two: Folders, tmp_path: Path) -> None:
     loose = consolidate(two, tmp_path / "loose", max_loss=0.02)
     assert loose.plan.prediction is not None
@@ -478,6 +510,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
         (["--max-loss", "0.1", "--budget", "0.2x"], "not both"),
         (["--budget", "0.2x", "--code", "plain"], "which only nested codes have"),
         (["--code", "zip"], "code 'zip' is unknown; known: nested, plain"),
+        (["--shared-bits", "7"], "7 shared bits are outside 2..6"),
+        (["--shared-bits", "3", "--code", "plain"], "this pack stores plain experts"),
+        (["--shared-bits", "3", "--plan", "plan.json"], "--plan has every choice in it"),
         (["--calibration", "maths=x.jsonl"], "calibration for 'maths', which is no variant"),
         (["--calibration", "math=x.jsonl"], "for some variants, but not for base"),
         (["--calibration", "math"], "--calibration 'math' is not NAME=PATH"),
