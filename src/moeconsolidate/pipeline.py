@@ -157,6 +157,7 @@ def consolidate(
                 [checkpoint.content_sha256() for checkpoint in checkpoints],
                 separate_bytes=sum(checkpoint.num_bytes for checkpoint in checkpoints),
                 nested=nested,
+                routing=_routing(names, learned.statistics),
             )
     return ConsolidationResult(target, done, manifest)
 
@@ -230,6 +231,16 @@ def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: O
     writer.write_non_expert(digests, lambda idx, role: checkpoints[idx].read_non_expert(role))
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
+
+
+def _routing(
+    names: Sequence[str], statistics: Sequence[Statistics] | None
+) -> dict[str, list[list[int]]]:
+    """How often calibration text was routed to each expert, of ten thousand tokens."""
+    return {
+        name: (one.num_routed_LE.double() * (10_000 / one.num_tokens)).round().int().tolist()
+        for name, one in zip(names, statistics or (), strict=False)
+    }
 
 
 def _merger(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors, save_shards, tree_digests
-from moeconsolidate import consolidate, export_variant, texts
+from moeconsolidate import consolidate, export_variant, texts, writer
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.cli import main
 from moeconsolidate.evaluation import score_texts
@@ -187,6 +187,28 @@ def test_the_default_codes_follow_the_shared_bits(two: Folders, tmp_path: Path) 
             ]
             errors.append(float((torch.cat(found).float() - row_P.float()).norm()))
     assert errors[0] > 1.5 * errors[1] > 1.5 * 1.5 * errors[2]
+
+
+def test_a_calibrated_pack_tells_how_experts_were_used(small_pack: Path) -> None:
+    manifest = verify_pack(small_pack)
+    routing = manifest.provenance["routing"]
+    assert set(routing) == set(manifest.variant_names)
+    for table in routing.values():
+        assert [len(row) for row in table] == [8] * manifest.config.num_layers
+        # Of ten thousand tokens, each goes to top_k experts.
+        for row in table:
+            assert sum(row) == pytest.approx(10_000 * manifest.config.top_k, abs=8)
+    assert routing["base"] != routing["math"]
+
+
+@pytest.mark.usefixtures("little_text")
+def test_routing_is_told_only_where_it_is_known_and_short(
+    two: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "routing" not in consolidate(two, tmp_path / "default").manifest.provenance
+    monkeypatch.setattr(writer, "MAX_ROUTING", 2 * 2 * 8 - 1)
+    budgeted = consolidate(two, tmp_path / "budget", budget="0.25x").manifest
+    assert "routing" not in budgeted.provenance
 
 
 @pytest.mark.usefixtures("little_text")
