@@ -2,9 +2,7 @@
 
 The curve of loss against bytes for eight variants needs eight variants. Each text, a JSONL file of
 {"text": ...} or {"input": ..., "target": ...} objects (joined by a line break), makes one. AdamW, a
-warm-up and then a constant rate; every 20 steps the held-out text is scored, and training ends once
-it has not got better three times in a row: the best weights are kept, so that small texts are not
-learned by heart. These are subjects of benchmarks, not results.
+warm-up and then a constant rate, few steps. These are subjects of benchmarks, not results.
 
 Writes OUT/NAME, a checkpoint in bfloat16 with the base's tokenizer; and each text as compare.py
 reads it, one {"text": ...} a line: OUT/texts/NAME.jsonl and, held out, OUT/eval/NAME.jsonl.
@@ -37,8 +35,6 @@ TEXTS = {
 }
 WINDOW = 512
 WARM_UP = 20
-CHECK_EVERY = 20
-PATIENCE = 3
 NUM_HELD_OUT = 32
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
