@@ -14,7 +14,11 @@
 // multiply-add for the shared field and one for each private one turn that into q - m, exactly:
 // `is_fast` in nested_fast.py admits only codes whose constants need no rounding.
 //
-// Compiled with FACES, TILES and GATE_UP defined, once for each combination that is used.
+// Each lane copies the words it will need into shared memory some steps ahead, in slots that only it
+// reads: a ring that costs neither registers nor barriers.
+//
+// Compiled with FACES, TILES, THREE (whether any code has three private bits, which are two planes)
+// and GATE_UP defined, once for each combination that is used.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -25,23 +29,13 @@ struct Face {
 };
 
 constexpr int WARPS = 4, ROWS = 32, TOKENS = 8 * TILES;
-// Three private bits are two planes. Registers suffice for both of two faces, or one of four.
-constexpr bool THREE = FACES <= 2;
+constexpr int ITEMS = 4 + FACES * (THREE ? 8 : 4); // 16 bytes of a lane: shared words, then faces'
+constexpr int STAGES = FACES == 1 ? 3 : 2;
+constexpr bool AHEAD = FACES * TILES <= 4; // whether registers suffice to fetch tokens a field early
 
-__device__ __forceinline__ uint4 load_codes(const u16 *at) {
-    uint4 r;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-                 : "l"(at));
-    return r;
-}
-
-__device__ __forceinline__ uint4 load_own(const u16 *at) {
-    uint4 r;
-    asm volatile("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-                 : "l"(at));
-    return r;
+__device__ __forceinline__ void copy_ahead(uint4 *to, const u16 *from) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from));
 }
 
 // (word & mask) | 1024.0 twice
@@ -82,9 +76,9 @@ __device__ __forceinline__ u32 part(const uint4 &v, int k) {
 }
 
 struct Variant {
-    const u16 *own, *own1; // this lane's rows of the plane that is refined with; and of the 1-bit one
+    const u16 *own, *own1; // the plane it is refined with, from this lane's first row on; the 1-bit one
     u32 times, times1, mask, plus;
-    int stride, stride1;   // words of a row
+    int stride;            // words of a row of `own`
     int runs;              // which bits of q choose the run of words
     int shift;             // which bits of q are part of the field's place
     int bits;
@@ -92,16 +86,27 @@ struct Variant {
     const u16 *x[TILES];   // this lane's tokens
 };
 
+typedef uint4 Tokens[FACES][TILES];
+
+__device__ __forceinline__ void fetch(Tokens &b, const Variant (&variant)[FACES], int column) {
+#pragma unroll
+    for (int v = 0; v < FACES; v++)
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+            if (8 * tile < variant[v].tokens)
+                b[v][tile] = __ldg(reinterpret_cast<const uint4 *>(variant[v].x[tile] + column));
+}
+
 template <int n>
 __device__ __forceinline__ void field(float (&sums)[FACES][TILES][2][4], const Variant (&variant)[FACES],
-                                      const uint4 (&shared)[4], const uint4 (&own)[FACES][4],
-                                      const uint4 (&own1)[FACES][4], const float (*scale)[ROWS], int q, int column) {
+                                      const uint4 (&shared)[4], const uint4 (*ring)[32], const Tokens &b,
+                                      const float (*scale)[ROWS], int q, int column) {
+    const int lane = threadIdx.x & 31;
     u32 level[4][4];
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
         for (int k = 0; k < 4; k++) level[i][k] = nibble<n>(part(shared[i], k));
-    const int lane = threadIdx.x & 31;
     float u[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) u[i] = scale[column >> 7][(lane >> 2) + 8 * i];
@@ -112,32 +117,39 @@ __device__ __forceinline__ void field(float (&sums)[FACES][TILES][2][4], const V
         u32 a[2][2][4]; // row tile, step of 16 columns
         const int turn = (4 * n - 4 + (q & one.shift)) & 31;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 4; i++) {
+            const uint4 own = ring[4 + 4 * v + i][lane];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 u32 q_m = fma2(level[i][k], 0x38003800u, one.plus); // times 1/2
                 if (one.bits) {
-                    u32 w = part(own[v][i], k);
+                    const u32 w = part(own, k);
                     q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn), one.mask), one.times, q_m);
-                }
-                if (THREE && one.bits == 3) {
-                    u32 w = part(own1[v][i], k);
-                    const int turn1 = (4 * n - 4 + q) & 31;
-                    q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn1), 0x00100010u), one.times1, q_m);
                 }
                 a[i >> 1][k >> 1][(i & 1) + 2 * (k & 1)] = q_m;
             }
+            if (THREE && one.bits == 3) {
+                const uint4 own1 = ring[4 + 4 * FACES + 4 * v + i][lane];
+                const int turn1 = (4 * n - 4 + q) & 31;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const u32 w = part(own1, k);
+                    u32 &q_m = a[i >> 1][k >> 1][(i & 1) + 2 * (k & 1)];
+                    q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn1), 0x00100010u), one.times1, q_m);
+                }
+            }
+        }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             if (8 * tile >= one.tokens) continue;
-            uint4 b = make_uint4(0, 0, 0, 0);
-            if ((lane >> 2) + 8 * tile < one.tokens)
-                b = *reinterpret_cast<const uint4 *>(one.x[tile] + column + 8 * (lane & 3));
+            // Columns of the product past the last token are whatever they are: nobody reads them.
+            const uint4 x = AHEAD ? b[v][tile]
+                                  : __ldg(reinterpret_cast<const uint4 *>(one.x[tile] + column));
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 float c[4] = {0.f, 0.f, 0.f, 0.f};
-                product(c, a[m][0], b.x, b.y);
-                product(c, a[m][1], b.z, b.w);
+                product(c, a[m][0], x.x, x.y);
+                product(c, a[m][1], x.z, x.w);
                 sums[v][tile][m][0] += c[0] * u[2 * m];
                 sums[v][tile][m][1] += c[1] * u[2 * m];
                 sums[v][tile][m][2] += c[2] * u[2 * m + 1];
@@ -152,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
            const Face *__restrict__ faces, const int *__restrict__ groups, const int *__restrict__ counts,
            const int *__restrict__ pairs, const float *__restrict__ weights, void *__restrict__ out,
            int num_groups, int capacity, int num_rows, int num_columns, int top_k) {
-    extern __shared__ float memory[];
+    extern __shared__ __align__(16) float memory[];
     __shared__ int levels[32 * WARPS];
     const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
     const int g = lane >> 2, t = lane & 3;
@@ -180,18 +192,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
 #pragma unroll
     for (int i = 0; i < 4; i++) rows[i] = first + (i >> 1) * half + g + 8 * (i & 1);
 
-    // Scales of the block's rows, turned so that a lane's neighbours read neighbours.
-    float(*scale)[ROWS] = reinterpret_cast<float(*)[ROWS]>(memory);
-    {
-        const int r = thread >> 2;
-        const i64 row = (i64)slot * num_rows + first + (r >> 4) * half + (r & 15);
-        for (int s = 2 * t; s < num_scales; s += 8) {
-            const u32 two = *(const u32 *)(scales + row * num_scales + s);
-            scale[s][r] = __uint_as_float(two << 16);
-            scale[s + 1][r] = __uint_as_float(two & 0xFFFF0000u);
-        }
-    }
-
     Variant variant[FACES];
     int tile_pairs[FACES];
 #pragma unroll
@@ -210,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
         const float step = (float)code.step;
         one.bits = bits;
         one.stride = bits == 4 ? num_columns / 4 : bits == 1 ? num_columns / 16 : num_columns / 8;
-        one.stride1 = num_columns / 16;
         one.own = (const u16 *)(bits == 4 ? code.at4 : bits == 1 ? code.at1 : code.at2);
-        one.own1 = (const u16 *)code.at1;
+        one.own += (i64)rows[0] * one.stride + 8 * t;
+        one.own1 = (const u16 *)code.at1 + (i64)rows[0] * J + 8 * t;
         one.runs = bits == 4 ? 3 : bits == 1 ? 0 : 1;
         one.shift = bits == 4 ? 0 : bits == 1 ? 3 : 2;
         one.mask = bits == 4 ? 0x00F000F0u : bits == 1 ? 0x00100010u : 0x00300030u;
@@ -226,12 +226,54 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             const int place = 8 * tile + g;
-            const int pair = place < one.tokens ? pairs[tile_pairs[v] + place] : 0;
-            one.x[tile] = x + (i64)(GATE_UP ? pair / top_k : pair) * num_columns;
+            const int pair = pairs[tile_pairs[v] + (place < one.tokens ? place : 0)];
+            one.x[tile] = x + (i64)(GATE_UP ? pair / top_k : pair) * num_columns + 8 * t;
         }
     }
-    __syncthreads();
 
+    plane += ((i64)slot * num_rows + rows[0]) * (num_columns / 4) + 8 * t;
+    const int apart[4] = {0, 8, half, half + 8}; // this lane's rows, from its first
+    const int begin = warp * (J / WARPS), steps = J / WARPS / 8; // four to each 32 words
+    // [STAGES][ITEMS][32] of this warp
+    uint4(*ring)[32] = reinterpret_cast<uint4(*)[32]>(memory + ROWS * num_scales) + warp * STAGES * ITEMS;
+    auto copy_step = [&](int step) {
+        if (step < steps) {
+            uint4(*slot_of)[32] = ring + step % STAGES * ITEMS;
+            const int j = begin + step / 4 * 32, q = step % 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                copy_ahead(&slot_of[i][lane], plane + (i64)apart[i] * (num_columns / 4) + q * J + j);
+#pragma unroll
+            for (int v = 0; v < FACES; v++) {
+                const Variant &one = variant[v];
+                if (one.bits == 0) continue;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    copy_ahead(&slot_of[4 + 4 * v + i][lane],
+                               one.own + (i64)apart[i] * one.stride + (q & one.runs) * J + j);
+                if (THREE && one.bits == 3) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        copy_ahead(&slot_of[4 + 4 * FACES + 4 * v + i][lane], one.own1 + (i64)apart[i] * J + j);
+                }
+            }
+        }
+        asm volatile("cp.async.commit_group;");
+    };
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) copy_step(step);
+
+    // Scales of the block's rows, turned so that a lane's neighbours read neighbours.
+    float(*scale)[ROWS] = reinterpret_cast<float(*)[ROWS]>(memory);
+    {
+        const int r = thread >> 2;
+        const i64 row = (i64)slot * num_rows + first + (r >> 4) * half + (r & 15);
+        for (int s = 2 * t; s < num_scales; s += 8) {
+            const u32 two = *(const u32 *)(scales + row * num_scales + s);
+            scale[s][r] = __uint_as_float(two << 16);
+            scale[s + 1][r] = __uint_as_float(two & 0xFFFF0000u);
+        }
+    }
     float sums[FACES][TILES][2][4];
 #pragma unroll
     for (int v = 0; v < FACES; v++)
@@ -241,39 +283,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
             for (int m = 0; m < 2; m++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) sums[v][tile][m][e] = 0.f;
+    __syncthreads();
 
-    plane += (i64)slot * num_rows * (num_columns / 4);
-    const int begin = warp * (J / WARPS), end = begin + J / WARPS;
+    Tokens now, next;
+    if (AHEAD) fetch(now, variant, begin);
 #pragma unroll 1
-    for (int j = begin; j < end; j += 32) {
-#pragma unroll 1
-        for (int q = 0; q < 4; q++) {
-            uint4 shared[4], own[FACES][4], own1[FACES][4];
+    for (int step = 0; step < steps; step++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        copy_step(step + STAGES - 1);
+        const uint4(*slot_of)[32] = ring + step % STAGES * ITEMS;
+        const int q = step % 4, column = q * J + begin + step / 4 * 32;
+        const int after = min(step + 1, steps - 1); // whose tokens are fetched during the last field
+        uint4 shared[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                shared[i] = load_codes(plane + (i64)rows[i] * (num_columns / 4) + q * J + j + 8 * t);
-#pragma unroll
-            for (int v = 0; v < FACES; v++) {
-                const Variant &one = variant[v];
-                if (one.bits == 0) continue;
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    own[v][i] = load_own(one.own + (i64)rows[i] * one.stride + (q & one.runs) * J + j + 8 * t);
-                if (THREE && one.bits == 3) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        own1[v][i] = load_own(one.own1 + (i64)rows[i] * one.stride1 + j + 8 * t);
-                }
-            }
-            field<0>(sums, variant, shared, own, own1, scale, q, (0 + q) * J + j);
-            field<1>(sums, variant, shared, own, own1, scale, q, (4 + q) * J + j);
-            field<2>(sums, variant, shared, own, own1, scale, q, (8 + q) * J + j);
-            field<3>(sums, variant, shared, own, own1, scale, q, (12 + q) * J + j);
-        }
+        for (int i = 0; i < 4; i++) shared[i] = slot_of[i][lane];
+        if (AHEAD) fetch(next, variant, column + 4 * J);
+        field<0>(sums, variant, shared, slot_of, now, scale, q, column);
+        if (AHEAD) fetch(now, variant, column + 8 * J);
+        field<1>(sums, variant, shared, slot_of, next, scale, q, column + 4 * J);
+        if (AHEAD) fetch(next, variant, column + 12 * J);
+        field<2>(sums, variant, shared, slot_of, now, scale, q, column + 8 * J);
+        if (AHEAD) fetch(now, variant, after % 4 * J + begin + after / 4 * 32);
+        field<3>(sums, variant, shared, slot_of, next, scale, q, column + 12 * J);
     }
 
     // Add the warps' quarters up, a face at a time, through shared memory.
-    float *quarter = memory; // [WARPS][ROWS][TOKENS + 1]
+    __syncthreads();
+    float *quarter = memory + ROWS * num_scales; // [WARPS][ROWS][TOKENS + 1]
 #pragma unroll
     for (int v = 0; v < FACES; v++) {
         if (variant[v].tokens <= 0) continue;

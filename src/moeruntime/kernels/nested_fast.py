@@ -51,17 +51,19 @@ class FastPart:
     Attributes:
         part: codes and faces.
         groups: number of faces a group -> int32 [groups, faces], -1 where a group is not full.
+        three: whether any face has three private bits, which are two planes.
     """
 
     part: FacePart
     groups: dict[int, Tensor]
+    three: bool
 
     @classmethod
     def of(cls, part: FacePart) -> FastPart | None:
         """Group the faces; None where there are more groups than the kernel takes."""
         table = part.faces_F6.tolist()
-        # Three private bits are two planes, which registers hold for two faces at a time.
-        together = 2 if any(row[1] == 3 for row in table) else 4
+        three = any(row[1] == 3 for row in table)
+        together = 2 if three else 4
         groups = {}
         for size in (1, together):
             rows: list[list[int]] = []
@@ -73,7 +75,7 @@ class FastPart:
             if len(rows) > MAX_GROUPS:
                 return None
             groups[size] = torch.tensor(rows, dtype=torch.int32, device=part.scale_SRG.device)
-        return cls(part, groups)
+        return cls(part, groups, three)
 
     def cut(self, num_pairs: int) -> tuple[int, int]:
         """Faces a group and tiles of eight tokens a face, for a step of so many pairs."""
@@ -109,9 +111,11 @@ def _launch(
     faces, tiles = fast.cut(num_pairs)
     groups = fast.groups[faces]
     tokens = 8 * tiles
-    kernel = _kernel(faces, tiles, is_gate_up)
+    kernel = _kernel(faces, tiles, fast.three, is_gate_up)
     num_works = min(num_pairs, len(groups) + num_pairs // tokens)
-    scratch = max(ROWS * part.num_columns // GROUP, WARPS * ROWS * (tokens + 1))
+    items, stages = 4 + faces * (8 if fast.three else 4), 3 if faces == 1 else 2
+    ring_bytes = 16 * 32 * WARPS * stages * items
+    scale_bytes = 4 * ROWS * part.num_columns // GROUP
     kernel(
         (num_works, part.num_rows // ROWS, 1),
         32 * WARPS,
@@ -121,10 +125,15 @@ def _launch(
             len(groups), lists.pairs_LFC.shape[2], part.num_rows, part.num_columns,
             lists.weights_TK.shape[1],
         ),
-        shared_bytes=4 * scratch,
+        shared_bytes=scale_bytes + max(ring_bytes, 4 * WARPS * ROWS * (tokens + 1)),
     )  # fmt: skip
 
 
-def _kernel(faces: int, tiles: int, is_gate_up: bool) -> Kernel:
-    defines = (("FACES", faces), ("TILES", tiles), ("GATE_UP", int(is_gate_up)))
+def _kernel(faces: int, tiles: int, three: bool, is_gate_up: bool) -> Kernel:
+    defines = (
+        ("FACES", faces),
+        ("TILES", tiles),
+        ("THREE", int(three)),
+        ("GATE_UP", int(is_gate_up)),
+    )
     return compile_kernel(SOURCE, "nested", defines)

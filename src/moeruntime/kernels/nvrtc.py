@@ -19,12 +19,17 @@ from moeruntime.errors import ResourceError
 __all__ = ["Kernel", "compile_kernel"]
 
 
+PLAIN_SHARED_BYTES = 48 * 1024
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
 class Kernel:
     """A function on the device, launched on the current stream; captured like any other launch."""
 
     def __init__(self, handle: ctypes.c_void_p) -> None:
         """Wrap what the driver calls a function."""
         self._handle = handle
+        self._shared_bytes = PLAIN_SHARED_BYTES
 
     def __call__(
         self,
@@ -35,6 +40,10 @@ class Kernel:
         shared_bytes: int,
     ) -> None:
         """Launch; tensors go as pointers, integers as 32 bits."""
+        if shared_bytes > self._shared_bytes:  # more than a kernel gets unasked
+            attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check_driver(_driver().cuFuncSetAttribute(self._handle, attribute, shared_bytes))
+            self._shared_bytes = shared_bytes
         values = [
             ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one)
             for one in arguments
