@@ -3,8 +3,8 @@
 Physics: a decode step reads each expert that a token goes to, the dense weights of each variant in
 the batch, and the keys and values of every sequence, once; it can do that no faster than the best
 plain reader. The roofline of a step is those bytes, with the experts that its tokens really went
-to, over the bandwidth measured in the same run. Times are of the graph alone (device) and of the whole
-engine with its scheduler and text (engine), medians.
+to, over the bandwidth measured in the same run. Times are of the graph alone (step) and of the
+whole engine with its scheduler (engine), medians.
 
 Run: python benchmarks/decode.py [--synthetic mixtral-8x7b] [--code bf16|4+2|...] [--variants 1 2 4]
 """

@@ -3,7 +3,7 @@
 Every kernel is first compared with float32 products on fresh random inputs, over poisoned outputs.
 Then each way of cutting the work is timed, over weights far larger than the cache.
 
-Run: python benchmarks/kernels.py [--quick]
+Run: python benchmarks/kernels.py
 """
 
 from __future__ import annotations
@@ -24,6 +24,37 @@ from moeruntime.kernels.projections import Shape, tile_rows
 
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")
+
+
+CHOICES = [
+    ("gate_up", Shape(rows, step, tokens, 1, warps, stages))
+    for rows, step, tokens, warps, stages in (
+        (16, 128, 16, 4, 4), (16, 256, 16, 4, 3), (16, 256, 16, 4, 4), (32, 128, 16, 4, 4),
+        (32, 128, 16, 4, 3), (32, 128, 16, 8, 4), (64, 64, 16, 4, 4), (64, 128, 16, 4, 3),
+        (32, 128, 32, 4, 4), (64, 64, 32, 4, 4), (64, 128, 32, 4, 3), (64, 128, 32, 8, 3),
+        (64, 64, 64, 4, 4), (64, 64, 64, 8, 4), (64, 128, 64, 8, 3), (128, 64, 64, 8, 4),
+    )
+] + [
+    ("down", Shape(rows, step, tokens, parts, warps, stages))
+    for rows, step, tokens, parts, warps, stages in (
+        (16, 256, 16, 1, 4, 4), (16, 256, 16, 2, 4, 4), (32, 128, 16, 2, 4, 4),
+        (32, 256, 16, 1, 4, 4), (32, 256, 16, 2, 4, 3), (64, 128, 16, 2, 4, 4),
+        (64, 128, 16, 4, 4, 4), (64, 256, 16, 4, 4, 3), (128, 128, 16, 4, 4, 3),
+        (64, 128, 32, 2, 4, 4), (64, 128, 32, 4, 4, 4), (128, 64, 32, 4, 4, 4),
+        (128, 128, 32, 4, 8, 3), (64, 128, 64, 4, 4, 3), (128, 64, 64, 4, 8, 4),
+        (128, 128, 64, 4, 8, 3),
+    )
+] + [
+    ("project", Shape(rows, step, tokens, parts, warps, stages))
+    for rows, step, tokens, parts, warps, stages in (
+        (16, 128, 16, 1, 4, 4), (16, 256, 16, 1, 4, 4), (16, 256, 16, 2, 4, 4),
+        (32, 256, 16, 2, 4, 4), (32, 128, 16, 1, 4, 6), (16, 512, 16, 1, 4, 3),
+        (32, 128, 32, 2, 4, 4), (64, 128, 32, 1, 4, 4), (64, 128, 32, 2, 4, 4),
+        (64, 128, 64, 1, 4, 4), (64, 128, 64, 2, 4, 4), (128, 64, 64, 4, 8, 4),
+        (64, 128, 128, 2, 8, 3), (128, 64, 128, 4, 8, 4),
+    )
+]  # fmt: skip
+"""Kernel, and how its work is cut."""
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -64,78 +95,69 @@ def check_experts(num_tokens: int, shape: Shape, parts: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--part", help="I/N: only compile every N-th way, to do it side by side")
     arguments = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}: read {bandwidth / 1e12:.3f} TB/s")
     results: list[dict[str, object]] = []
-    for tokens in (1, 7, 32, 128):
+    for tokens in () if arguments.part else (1, 7, 32, 128):
         print(f"experts, {tokens} tokens: error {check_experts(tokens, Shape(32, 128, 16), 2):.2e}")
     gate_up, down = (
         [torch.randn(E, *shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
         for shape in ((2 * I, H), (H, I))
     )
     dense = torch.randn(8, 6144, H, device=DEVICE, dtype=torch.bfloat16)
-    cuts = ((4, 3), (4, 4), (4, 5), (8, 4)) if not arguments.quick else ((4, 4),)
 
-    def timed(
-        entry: dict[str, object], num_bytes: int, calls: int, work: Callable[[], None]
-    ) -> None:
+    def timed(kernel: str, batch: int, shape: Shape, moved: int, work: Callable[[], int]) -> None:
         try:
-            seconds = graph_s(work) / calls
+            seconds = graph_s(work, repeats=1 if arguments.part else 9) / work()
         except Exception as problem:  # more shared memory than there is
             if "out of resource" not in str(problem):
                 raise
             return
-        rate = num_bytes / seconds / bandwidth
-        results.append(entry | {"us": seconds * 1e6, "of_read": rate})
+        entry = {"kernel": kernel, "batch": batch, **asdict(shape)}
+        results.append(entry | {"us": seconds * 1e6, "of_read": moved / seconds / bandwidth})
 
-    for tokens in (1, 8, 64, 128):
-        x = torch.randn(tokens, H, device=DEVICE, dtype=torch.bfloat16)
-        inner = torch.randn(tokens * K, I, device=DEVICE, dtype=torch.bfloat16)
-        lists = routed(tokens, E)
-        active = int((lists.counts_LF[0] > 0).sum())
-        tiles = (16,) if tokens <= 8 else (16, 32) if tokens <= 64 else (32, 64)
-        for rows, step, (warps, stages), tile in itertools.product(
-            (16, 32, 64), (64, 128, 256), cuts, tiles
-        ):
-            if rows * step * stages * 4 > 230_000:
+    mine, of = map(int, (arguments.part or "0/1").split("/"))
+    for kernel, shape in CHOICES[mine::of]:
+        for batch in (1, 8, 32, 64, 128):
+            if not shape.tokens // 4 <= max(4, batch // 4) <= shape.tokens * 2:
                 continue
-            for name, weights, parts in (
-                ("gate_up", gate_up, 1), ("down", down, 1), ("down", down, 2), ("down", down, 4)
-            ):  # fmt: skip
-                shape = Shape(rows, step, tile, parts, warps, stages)
-                out = torch.empty(tokens * K, parts, H, device=DEVICE)
+            x = torch.randn(batch, H, device=DEVICE, dtype=torch.bfloat16)
+            inner = torch.randn(batch * K, I, device=DEVICE, dtype=torch.bfloat16)
+            lists = routed(batch, E)
+            active = int((lists.counts_LF[0] > 0).sum())
+            tile_table = torch.tensor(
+                tile_rows([(0, 0, batch)], shape.tokens, -(-batch // shape.tokens)),
+                dtype=torch.int32,
+                device=DEVICE,
+            )
+            out = torch.empty(batch * K * shape.parts * 6144, device=DEVICE)
 
-                def work() -> None:
-                    for one in weights:
-                        if name == "gate_up":
-                            experts.gate_up(x, one, lists, 0, shape, out_MI=inner)
-                        else:
-                            experts.down(inner, one, lists, 0, shape, out_MSH=out)
-
-                entry = asdict(shape) | {"kernel": name, "batch": tokens}
-                timed(entry, active * weights[0][0].nbytes, len(weights), work)
-        tile = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        for rows, step, (warps, stages), parts in itertools.product(
-            (16, 32, 64), (128, 256), cuts, (1, 2, 4)
-        ):
-            shape = Shape(rows, step, tile, parts, warps, stages)
-            table = tile_rows([(0, 0, tokens)], tile, -(-tokens // tile))
-            tile_table = torch.tensor(table, dtype=torch.int32, device=DEVICE)
-            out = torch.empty(tokens, parts, 6144, device=DEVICE)
-
-            def work() -> None:
+            def work() -> int:
+                if kernel == "gate_up":
+                    for one in gate_up:
+                        experts.gate_up(x, one, lists, 0, shape, out_MI=inner)
+                    return len(gate_up)
+                if kernel == "down":
+                    cut = out[: batch * K * shape.parts * H].view(-1, shape.parts, H)
+                    for one in down:
+                        experts.down(inner, one, lists, 0, shape, out_MSH=cut)
+                    return len(down)
+                cut = out[: batch * shape.parts * 6144].view(-1, shape.parts, 6144)
                 for one in dense:
-                    projections.project(x, one[None], tile_table, shape, out=out)
+                    projections.project(x, one[None], tile_table, shape, out=cut)
+                return len(dense)
 
-            entry = asdict(shape) | {"kernel": "project", "batch": tokens}
-            timed(entry, dense[0].nbytes, len(dense), work)
+            weights = {"gate_up": gate_up[0][:active], "down": down[0][:active]}
+            timed(kernel, batch, shape, weights.get(kernel, dense[0]).nbytes, work)
+    if arguments.part:
+        return
     for kernel, tokens in dict.fromkeys((str(r["kernel"]), r["batch"]) for r in results):
         rows_of = [r for r in results if (r["kernel"], r["batch"]) == (kernel, tokens)]
         rows_of.sort(key=lambda r: float(str(r["us"])))
-        for r in rows_of[:4]:
+        for r in rows_of[:5]:
             print(
                 f"{kernel:8s} batch {tokens:<4} rows {r['rows']} step {r['step']} tokens "
                 f"{r['tokens']} parts {r['parts']} warps {r['warps']} stages {r['stages']}: "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeruntime.codes import PrivateCode
 
-__all__ = ["OPTIONS", "Allocation", "Unit", "allocate"]
+__all__ = ["OPTIONS", "Allocation", "Unit", "allocate", "options_for"]
 
 OPTIONS: tuple[PrivateCode, ...] = tuple(
     PrivateCode(bits, step)
@@ -36,6 +36,18 @@ OPTIONS: tuple[PrivateCode, ...] = tuple(
     )
 )
 """Private codes worth having beside shared codes of 4 bits, for any model."""
+
+
+def options_for(shared_bits: int) -> tuple[PrivateCode, ...]:
+    """The same beside shared codes of 2 to 6 bits: steps keep their ratio to a step of H."""
+    scale = 2.0 ** (4 - shared_bits)
+    return tuple(
+        dict.fromkeys(
+            PrivateCode(one.bits, max(1, round(one.step * scale)) if one.bits else 0)
+            for one in OPTIONS
+        )
+    )
+
 
 BALANCE_ROUNDS = 25
 PRICE_BISECTIONS = 48
@@ -79,6 +91,7 @@ def allocate(
     *,
     budget_bytes: float | None = None,
     max_loss: float | None = None,
+    options: Sequence[PrivateCode] = OPTIONS,
 ) -> Allocation:
     """Choose private codes for all units.
 
@@ -87,6 +100,7 @@ def allocate(
         num_variants: variants of the pack.
         budget_bytes: spend at most this on experts, losing least; or
         max_loss: predicted loss of the worst variant, spending least.
+        options: what the units' bytes and costs are of.
 
     Returns:
         The allocation. If even no private bits exceed the budget, or the most bits exceed the loss,
@@ -104,7 +118,7 @@ def allocate(
     start = 0
     for unit in units:
         stop = start + len(unit.variants)
-        choices.append(tuple(OPTIONS[idx] for idx in chosen[start:stop].tolist()))
+        choices.append(tuple(options[idx] for idx in chosen[start:stop].tolist()))
         start = stop
     return Allocation(choices, problem.num_bytes(chosen), tuple(problem.losses(chosen).tolist()))
 

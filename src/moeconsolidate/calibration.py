@@ -161,6 +161,12 @@ class StreamedLayer:
         normed_NH = self._norm(x_WTH, "post_attention_norm").flatten(0, 1)
         return x_WTH + self._mixture(normed_NH, taps).view_as(x_WTH)
 
+    @torch.no_grad()
+    def expert_inputs(self, x_WTH: Tensor) -> Tensor:
+        """What the layer hands its router and its experts, for the same windows."""
+        attended_WTH = x_WTH + self._attention(self._norm(x_WTH, "input_norm"))
+        return self._norm(attended_WTH, "post_attention_norm")
+
     def _norm(self, x_WTH: Tensor, role: str) -> Tensor:
         only = torch.zeros((), dtype=torch.int64)
         return rms_norm(x_WTH, self._roles[role][None], only, self._config.rms_norm_eps)

@@ -26,6 +26,7 @@ __all__ = [
     "bytes_chart",
     "curve_chart",
     "dendrogram_chart",
+    "routing_chart",
     "scores_chart",
     "similarity_chart",
 ]
@@ -205,6 +206,49 @@ def dendrogram_chart(
         return to_svg(figure, f"dendrogram-{layer}", title)
 
 
+def routing_chart(tables: Mapping[str, NDArray[np.float64]], *, uniform: float, title: str) -> str:
+    """How often each expert is used: a map a variant, layers down and experts across.
+
+    Args:
+        tables: variant -> [layers, experts], parts of its tokens, of equal shapes.
+        uniform: the part that every expert would get if all were used alike.
+        title: what a screen reader says.
+    """
+    shape = next(iter(tables.values())).shape
+    columns = min(len(tables), 4)
+    rows = -(-len(tables) // columns)
+    most = max(uniform * 1.01, *(float(table.max()) for table in tables.values()))
+    tall = min(2.4, max(0.9, 0.16 * shape[0]))
+    width, height = 7.2, 0.15 + rows * (tall + 0.62)
+    with new_figure(width, height) as figure:
+        panel = 0.8 / columns
+        for idx, (name, table) in enumerate(tables.items()):
+            row, column = divmod(idx, columns)
+            left = 0.06 + column * (panel + 0.012)
+            bottom = 1 - (row * (tall + 0.62) + 0.3 + tall) / height
+            axes = figure.add_axes((left, bottom, panel - 0.02, tall / height))
+            axes.imshow(
+                mpl.colormaps["viridis"](table / most, bytes=True),
+                interpolation="none", aspect="auto", extent=(0, shape[1], shape[0], 0),
+            )  # fmt: skip
+            axes.set_title(_label(name, 18), fontsize=9, loc="left")
+            axes.set_xticks(*_middles(shape[1]), fontsize=7)
+            labelled = column == 0
+            axes.set_yticks(*_middles(shape[0]), fontsize=7)
+            axes.tick_params(length=0, pad=2, labelleft=labelled)
+            if labelled:
+                axes.set_ylabel("layer", fontsize=8)
+        bar = figure.add_axes((0.925, 0.3 * tall / height, 0.02, min(0.6, 1.3 / height)))
+        bar.imshow(
+            mpl.colormaps["viridis"](np.linspace(1, 0, 64)[:, None], bytes=True),
+            interpolation="none", aspect="auto", extent=(0, 1, 0, most),
+        )  # fmt: skip
+        bar.set_xticks([])
+        bar.yaxis.tick_right()
+        bar.set_yticks([0, uniform, most], ["0", f"{uniform:.1%}", f"{most:.1%}"], fontsize=7)
+        return to_svg(figure, "routing", title)
+
+
 def scores_chart(rows: Sequence[tuple[str, str, float, float | None]], *, title: str) -> str:
     """Loss of each variant on each text, beside its original's where that is known.
 
@@ -324,6 +368,12 @@ def _colour_bar(figure: Figure) -> None:
     axes.set_xticks([])
     axes.yaxis.tick_right()
     axes.set_title("similarity", fontsize=8, loc="left")
+
+
+def _middles(count: int) -> tuple[list[float], list[str]]:
+    """Places and names of at most eight of so many cells."""
+    numbers = range(0, count, -(-count // 8))
+    return [number + 0.5 for number in numbers], [str(number) for number in numbers]
 
 
 def _colours(distance: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -7,20 +7,34 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
-import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from moeconsolidate.options import (
+    Align,
+    Budget,
+    CalibrationTexts,
+    Code,
+    Json,
+    MaxLoss,
+    Merge,
+    Models,
+    PackArgument,
+    Quiet,
+    SharedBits,
+    Signal,
+    Similarity,
+    Threshold,
+    pairs_of,
+    texts_of,
+)
+from moeconsolidate.process import run_and_exit
 from moeruntime import __version__
 from moeruntime.cli import Artifact, Device, Dtype, Resident, register
-from moeruntime.errors import InputError, MoecError, ResourceError, UsageError
+from moeruntime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from moeconsolidate.plan import ConsolidationPlan
@@ -35,71 +49,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-SIGNAL_CODES = (130, 143)
-MAX_MESSAGE_CHARACTERS = 2000
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
-Models = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="[NAME=]MODEL",
-        help="A checkpoint folder in Hugging Face layout; at least two. The variant is called "
-        "NAME, or else as its folder is.",
-    ),
-]
-Threshold = Annotated[
-    float,
-    typer.Option(
-        help="Cosine similarity, 0 to 1, from which experts share a slot. At 1.0 only "
-        "bit-identical experts do, and nothing is lost."
-    ),
-]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="What experts may take: a part of separate models' experts, such as 0.25x, or bytes, "
-        "such as 60GB. Private bits are then chosen expert by expert, to lose least.",
-    ),
-]
-MaxLoss = Annotated[
-    float | None,
-    typer.Option(
-        metavar="NATS",
-        help="Instead of a budget: the predicted loss of the worst variant, nats per token.",
-    ),
-]
-CalibrationTexts = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=FILE",
-        help='Text of a variant, JSONL with one {"text": ...} a line, that tells what matters; '
-        "may be given several times for one. Without any, a budget uses text that the variants "
-        "write themselves.",
-    ),
-]
-Code = Annotated[
-    str | None,
-    typer.Option(
-        help="nested: shared bits and a few private ones for each variant. plain: one merged "
-        "expert as it is. Default: plain with --merge and at threshold 1.0, nested otherwise."
-    ),
-]
-Merge = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RULE",
-        help="How one plain expert is made of those that share a slot: average, first, "
-        "frequency-weighted, regmean, round-robin, task-arithmetic or ties. These are published, "
-        "and there to compare with: nested codes lose far less. Where a rule has a base, it is the "
-        "first model.",
-    ),
-]
-PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="A pack's folder.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -141,11 +90,15 @@ def consolidate(
         Path,
         typer.Option("--out", "-o", metavar="PACK", help="The folder to make; must not exist."),
     ],
-    threshold: Threshold = 0.9,
+    threshold: Threshold = None,
+    similarity: Similarity = None,
+    signal: Signal = None,
+    align: Align = False,
     budget: Budget = None,
     max_loss: MaxLoss = None,
     calibration: CalibrationTexts = None,
     code: Code = None,
+    shared_bits: SharedBits = None,
     merge: Merge = None,
     plan: Annotated[
         Path | None,
@@ -174,18 +127,26 @@ def consolidate(
     from moeconsolidate.report import summarise
     from moeruntime.pack import Pack
 
-    if plan is not None and any(one is not None for one in (budget, max_loss, code, merge)):
-        raise UsageError("--plan has budget, loss, code and merge rule in it; leave those out")
+    bits = (budget, max_loss, code, shared_bits)
+    decided = (threshold, similarity, signal, align or None, merge, *bits)
+    if plan is not None and any(one is not None for one in decided):
+        raise UsageError(
+            "--plan has every choice in it; of the options that choose, give --calibration alone"
+        )
     with progress(quiet=quiet) as on_progress:
         result = compile_pack(
             models,
             out,
             threshold=threshold,
+            similarity=similarity,
+            signal=signal,
+            align=align,
             merge=merge,
             code=code,
+            shared_bits=shared_bits,
             budget=budget,
             max_loss=max_loss,
-            calibration=_texts(calibration),
+            calibration=texts_of(calibration),
             plan=None if plan is None else _read_plan(plan),
             on_progress=on_progress,
         )
@@ -204,11 +165,15 @@ def make_plan(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write the plan there, as JSON."),
     ] = None,
-    threshold: Threshold = 0.9,
+    threshold: Threshold = None,
+    similarity: Similarity = None,
+    signal: Signal = None,
+    align: Align = False,
     budget: Budget = None,
     max_loss: MaxLoss = None,
     calibration: CalibrationTexts = None,
     code: Code = None,
+    shared_bits: SharedBits = None,
     merge: Merge = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -234,11 +199,15 @@ def make_plan(
         plan = decide(
             models,
             threshold=threshold,
+            similarity=similarity,
+            signal=signal,
+            align=align,
             merge=merge,
             code=code,
+            shared_bits=shared_bits,
             budget=budget,
             max_loss=max_loss,
-            calibration=_texts(calibration),
+            calibration=texts_of(calibration),
             on_progress=on_progress,
         )
     if out is not None:
@@ -385,8 +354,8 @@ def evaluate(
     with progress(quiet=quiet) as on_progress:
         rows = evaluate_pack(
             artifact,
-            _pairs("--data", data),
-            dict(_pairs("--reference", reference or [])),
+            pairs_of("--data", data),
+            dict(pairs_of("--reference", reference or [])),
             context=context,
             max_windows=windows,
             on_progress=on_progress,
@@ -464,102 +433,7 @@ register(app)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run `moec` and exit; without arguments, take them from the command line."""
-    _fill_closed_streams()
-    signal.signal(signal.SIGTERM, _end_politely)
-    code = 0
-    try:
-        result = app(
-            None if arguments is None else list(arguments), prog_name="moec", standalone_mode=False
-        )
-        code = result if isinstance(result, int) else 0  # of `typer.Exit`; commands return None
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        code = 1
-    except MoecError as problem:
-        code = _complain(str(problem), problem.exit_code)
-    except typer.TyperException as problem:  # a call that makes no sense to the parser
-        context = getattr(problem, "ctx", None)
-        command = context.command_path if context else "moec"
-        code = _complain(
-            f"{problem.format_message().rstrip('.')}; see `{command} --help`", UsageError.exit_code
-        )
-    except MemoryError:
-        code = _complain("out of memory", ResourceError.exit_code)
-    except OSError as problem:  # no permission, too many open files, a disk that fails
-        place = f"{problem.filename}: " if problem.filename else ""
-        code = _complain(f"{place}{problem.strerror or problem}", ResourceError.exit_code)
-    except Exception as problem:
-        code = _complain(
-            f"internal: {type(problem).__name__}: {problem} (a bug in moec; MOEC_TRACEBACK=1 shows "
-            "where)",
-            MoecError.exit_code,
-        )
-    if code in SIGNAL_CODES:  # Another Ctrl-C would only garble the way out.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-    sys.exit(_flush(code))
-
-
-def _complain(message: str, code: int) -> int:
-    """Print one line, whatever characters file names and values put into it."""
-    if os.environ.get("MOEC_TRACEBACK"):
-        traceback.print_exc()
-    half = MAX_MESSAGE_CHARACTERS // 2
-    if len(message) > MAX_MESSAGE_CHARACTERS:
-        message = f"{message[:half]} ... {message[-half:]}"
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-    with suppress(OSError):  # nobody reads it, or it is on a full disk
-        print(f"moec: error: {line}", file=sys.stderr, flush=True)
-    return code
-
-
-def _flush(code: int) -> int:
-    """Flush here, where a reader that has gone away can be passed over in silence."""
-    try:
-        sys.stdout.flush()
-    except OSError as problem:
-        if not code and not isinstance(problem, BrokenPipeError):
-            code = _complain(f"standard output: {problem.strerror}", ResourceError.exit_code)
-        # The interpreter flushes once more on its way out; give it something to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return code or 1
-    return code
-
-
-def _fill_closed_streams() -> None:
-    """Open what the caller has closed, or a file of ours takes its number and what is printed."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(fd)
-    # Python has None in place of a stream that was closed when it started.
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-
-
-def _end_politely(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Unwind on SIGTERM as on any error, so that nothing half-written stays behind."""
-    raise SystemExit(143)
-
-
-def _pairs(option: str, values: Sequence[str]) -> list[tuple[str, Path]]:
-    """Split NAME=PATH values."""
-    pairs = []
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or not name or not path:
-            raise UsageError(f"{option} '{value}' is not NAME=PATH")
-        pairs.append((name, Path(path)))
-    return pairs
-
-
-def _texts(values: Sequence[str] | None) -> dict[str, list[Path]]:
-    texts: dict[str, list[Path]] = {}
-    for name, path in _pairs("--calibration", values or []):
-        texts.setdefault(name, []).append(path)
-    return texts
+    run_and_exit(app, arguments)
 
 
 def _read_plan(path: Path) -> ConsolidationPlan:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moeconsolidate.allocation import OPTIONS, Unit
+from moeconsolidate.allocation import Unit, options_for
 from moeconsolidate.encoding import encode
 from moeconsolidate.importance import Importance, Statistics, watched_experts
 from moeconsolidate.plan import ExpertRef, LayerPlan
@@ -21,7 +21,6 @@ from moeruntime.pack.manifest import EXPERT_PARTS
 
 __all__ = ["Coherence", "code_layer", "decode_layer", "layer_units", "nested_format"]
 
-SHARED_BITS = 4
 TILE_COLUMNS, SMALL_GROUP = 128, 32
 """A scale covers a kernel's tile of columns where tiles divide the matrix, and few otherwise."""
 
@@ -37,11 +36,11 @@ MAX_COHERENCE = 4.0
 Slots = Sequence[Sequence[ExpertRef]]
 
 
-def nested_format(config: ModelConfig) -> dict[str, NestedCode]:
+def nested_format(config: ModelConfig, shared_bits: int) -> dict[str, NestedCode]:
     """How the shared codes of a model's experts are stored."""
     columns = {"gate_up": config.hidden_size, "down": config.intermediate_size}
     return {
-        part: NestedCode(SHARED_BITS, SMALL_GROUP if count % TILE_COLUMNS else TILE_COLUMNS)
+        part: NestedCode(shared_bits, SMALL_GROUP if count % TILE_COLUMNS else TILE_COLUMNS)
         for part, count in columns.items()
     }
 
@@ -96,10 +95,13 @@ def code_layer(
 
 
 def decode_layer(
-    plan: LayerPlan, experts_EP: Tensor, config: ModelConfig, statistics: Sequence[Statistics]
+    plan: LayerPlan,
+    experts_EP: Tensor,
+    config: ModelConfig,
+    nested: Mapping[str, NestedCode],
+    statistics: Sequence[Statistics],
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """Code a layer quickly, without sweeps, and decode it: variant -> expert -> gate_up, down."""
-    nested = nested_format(config)
     found: dict[tuple[ExpertRef, str], Tensor] = {}
     for idx, part in enumerate(EXPERT_PARTS):
         for batch in _batches(plan.slots, config):
@@ -133,6 +135,7 @@ def layer_units(
     """What each option would cost each member of each slot: gate_up of all slots, then down."""
     units: list[Unit] = []
     for part in EXPERT_PARTS:
+        choices = options_for(nested[part].shared_bits)
         found: dict[int, Unit] = {}
         for batch in _batches(slots, config):
             members = [slots[slot] for slot in batch]
@@ -142,7 +145,7 @@ def layer_units(
             sample = weights_NVRC[:, :, rows_S].contiguous()
             importance = _importance(statistics, layer, part, members).rows(rows_S)
             costs_NVO = []
-            for option in OPTIONS:
+            for option in choices:
                 options = [[option] * len(slot) for slot in members]
                 coded = encode(sample, nested[part], options, importance, sweeps=0)
                 costs_NVO.append(importance.cost(coded.weights_NVRC - sample))
@@ -151,7 +154,7 @@ def layer_units(
                 none = [PrivateCode(0, 0)] * len(members[n])
                 found[slot] = Unit(
                     nested_bytes(num_rows, num_columns, nested[part], none),
-                    tuple(plane_bytes(num_rows, num_columns, one.bits) for one in OPTIONS),
+                    tuple(plane_bytes(num_rows, num_columns, one.bits) for one in choices),
                     tuple(member.variant_idx for member in members[n]),
                     costs[n],
                 )
@@ -166,9 +169,10 @@ class Coherence:
     compared with what independent outputs would cost.
     """
 
-    def __init__(self, num_variants: int) -> None:
+    def __init__(self, num_variants: int, shared_bits: int) -> None:
         """Nothing compared yet."""
-        shape = (len(EXPERT_PARTS), num_variants, len(OPTIONS))
+        self._options = options_for(shared_bits)
+        shape = (len(EXPERT_PARTS), num_variants, len(self._options))
         self._exact, self._independent = torch.zeros(shape), torch.zeros(shape)
 
     def watch(
@@ -185,7 +189,7 @@ class Coherence:
         for idx, part in enumerate(EXPERT_PARTS):
             for members in (slot for slot in slots if slot[0].expert in watched):
                 weights_NVRC = _gather(experts_EP, [members], part, config)
-                for number, option in enumerate(OPTIONS):
+                for number, option in enumerate(self._options):
                     coded = encode(weights_NVRC, nested[part], [[option] * len(members)])
                     errors_VRC = (coded.weights_NVRC - weights_NVRC)[0]
                     for ref, error_RC in zip(members, errors_VRC, strict=True):

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from moeconsolidate.expert_maps import precision, routing
 from moeconsolidate.page import figure, page, table, text
 from moeconsolidate.plan import OnProgress, Progress
 from moeconsolidate.report import LayerSummary, PackSummary, format_bytes, sharing_lines, summarise
@@ -27,9 +28,8 @@ from moeconsolidate.stored_similarity import (
 from moeruntime.codes import plane_bytes
 from moeruntime.errors import InputError, ResourceError
 from moeruntime.pack import Manifest, Pack
-from moeruntime.pack.manifest import EXPERT_PARTS, Variant
+from moeruntime.pack.manifest import EXPERT_PARTS
 from moeruntime.strict_json import Fields, parse_json, read_json
-from moeruntime.tensorfile import DTYPES
 
 if TYPE_CHECKING:
     from moeconsolidate.charts import CurvePoint
@@ -85,8 +85,10 @@ def render_report(
         ("Size", _size(pack.manifest, summary, charts)),
         ("Recipe", _recipe(summary)),
         ("Who shares what", _sharing(summary)),
-        ("Precision", _precision(pack.manifest)),
+        ("Precision", precision(pack.manifest)),
     ]
+    if found := routing(pack.manifest, charts):
+        sections.append(("Routing", found))
     if scores:
         sections.append(("Loss", _scores(scores, charts)))
     if curve:
@@ -262,59 +264,6 @@ def _sharing(summary: PackSummary) -> str:
         "<p>Experts of several variants that share a slot, by number: <code>a = b: 0 1</code> says "
         "that a and b share their experts 0 and 1.</p>"
         + table("Slots, layer by layer", ["layer", "shared", "slots", "experts"], rows, numbers=2)
-    )
-
-
-def _precision(manifest: Manifest) -> str:
-    if manifest.nested is None:
-        dtype = str(DTYPES[manifest.expert_dtype]).removeprefix("torch.")
-        shown = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
-        lead = (
-            f"<p>Every expert is stored as it is, in {shown}. Strong cells are experts with a "
-            "slot of their own; faint ones share theirs.</p>"
-        )
-    else:
-        shared = ", ".join(
-            f"{part}: {code.shared_bits} shared bits, a scale for {code.group} columns"
-            for part, code in manifest.nested.items()
-        )
-        lead = (
-            f"<p>Slots hold shared bits ({text(shared)}). A cell gives the private bits that "
-            "refine them for one expert: gate_up, then down. With none, the variant takes the "
-            "shared expert as it is.</p>"
-        )
-        shown = ""
-    owners = [
-        {members[0] for members in manifest.members(layer) if len(members) == 1}
-        for layer in range(manifest.config.num_layers)
-    ]
-    maps = "".join(_precision_map(variant, owners, shown) for variant in manifest.variants)
-    return f'{lead}<div class="maps">{maps}</div>'
-
-
-def _precision_map(variant: Variant, owners: Sequence[set[tuple[str, int]]], dtype: str) -> str:
-    """Layers down, experts across; `dtype` where weights are plain, else empty."""
-    rows = []
-    for layer, slots in enumerate(variant.expert_map):
-        cells = []
-        for expert in range(len(slots)):
-            if dtype:
-                shade = 3 if (variant.name, expert) in owners[layer] else 1
-                shades, shown = (shade, shade), dtype
-            else:
-                gate_up, down = variant.private_codes[layer][expert]
-                shades, shown = (gate_up.bits, down.bits), f"{gate_up.bits} {down.bits}"
-            cells.append(f'<td class="l{shades[0]} r{shades[1]}">{shown}</td>')
-        rows.append(f'<tr><th scope="row">{layer}</th>{"".join(cells)}</tr>')
-    head = "".join(f'<th scope="col">{expert}</th>' for expert in range(len(variant.expert_map[0])))
-    caption = f"{variant.name}: experts across, layers down"
-    if variant.private_codes:
-        counts = [code.bits for layer in variant.private_codes for pair in layer for code in pair]
-        caption += f"; {sum(counts) / len(counts):.2f} private bits on average"
-    body = "\n".join(rows)
-    return (
-        f'<div class="wide"><table class="map"><caption>{text(caption)}</caption>\n<thead><tr>'
-        f'<th scope="col">layer</th>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 
 

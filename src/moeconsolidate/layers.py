@@ -1,4 +1,4 @@
-"""One layer of all variants at a time: reading it, and deciding what shares a slot in it.
+"""One layer of all variants at a time: reading it, deciding what shares a slot in it, aligning it.
 
 One buffer holds the layer's experts and is reused for every layer; it is the most that the compiler
 ever holds.
@@ -12,10 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from moeconsolidate.alignment import neuron_order, reorder_neurons, reorder_statistics
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.clustering import cluster_labels, identity_labels
-from moeconsolidate.plan import LayerPlan, Recipe
-from moeconsolidate.similarity import check_rows, cosine_similarity
+from moeconsolidate.importance import Statistics
+from moeconsolidate.plan import ExpertRef, LayerPlan, Recipe
+from moeconsolidate.signals import expert_outputs, neurons
+from moeconsolidate.similarity import check_rows, cosine_similarity, linear_cka
+from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import ResourceError
 
 __all__ = ["LayerReader"]
@@ -28,26 +32,104 @@ class LayerReader:
         experts_EP: the layer read last: a row an expert, variant by variant.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], recipe: Recipe) -> None:
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], recipe: Recipe, inputs: Sequence[Tensor] = ()
+    ) -> None:
         """Allocate the buffer.
+
+        Args:
+            checkpoints: the variants.
+            recipe: how experts are compared, and whether they are aligned.
+            inputs: of each layer, inputs [N, H] to compare experts by, where the recipe's signal is
+                activations.
 
         Raises:
             ResourceError: there is no memory for it.
         """
-        self._checkpoints, self._recipe = checkpoints, recipe
+        self._checkpoints, self._recipe, self._inputs = checkpoints, recipe, inputs
+        self._config = checkpoints[0].config
+        self._layer = 0
+        self._orders: dict[ExpertRef, Tensor] = {}
         self.experts_EP = _layer_buffer(checkpoints)
 
-    def fill(self, layer: int) -> list[str]:
-        """Read a layer; returns for each row a key that is equal for bit-identical experts."""
-        return _read_layer(self._checkpoints, layer, self.experts_EP)
+    def read(self, layer: int, planned: LayerPlan | None = None) -> LayerPlan:
+        """Read a layer and decide what shares a slot, unless a plan has; align what does.
 
-    def read(self, layer: int) -> LayerPlan:
-        """Read a layer and decide what shares a slot."""
-        keys = self.fill(layer)
-        labels = _share(self._checkpoints, layer, self.experts_EP, keys, self._recipe)
+        Raises:
+            CheckpointError: an expert is zero or not finite, or a file has changed.
+        """
+        self._layer = layer
+        keys = _read_layer(self._checkpoints, layer, self.experts_EP)
+        if planned is None:
+            planned = LayerPlan.from_labels(layer, self._share(keys), self._config.num_experts)
+        else:
+            check_rows(self.experts_EP, describe=self._describe)
         for checkpoint in self._checkpoints:
             checkpoint.check_unchanged()
-        return LayerPlan.from_labels(layer, labels, self._checkpoints[0].config.num_experts)
+        if self._recipe.alignment == "neurons":
+            self._align(planned)
+        return planned
+
+    def aligned(self, statistics: Sequence[Statistics]) -> Sequence[Statistics]:
+        """Calibration of each variant, with neurons in the order of the layer read last."""
+        if not self._orders:
+            return statistics
+        orders: list[dict[int, Tensor]] = [{} for _ in statistics]
+        for ref, order_I in self._orders.items():
+            orders[ref.variant_idx][ref.expert] = order_I
+        return [
+            reorder_statistics(one, self._layer, mine) if mine else one
+            for one, mine in zip(statistics, orders, strict=True)
+        ]
+
+    def _share(self, keys: Sequence[str]) -> list[int]:
+        """Label the rows: equal labels share a slot."""
+        if self._recipe.lossless:
+            check_rows(self.experts_EP, describe=self._describe)
+            return identity_labels(keys)
+        return cluster_labels(self._similarity(), self._recipe.threshold)
+
+    def _similarity(self) -> Tensor:
+        """Compare all rows as the recipe says."""
+        experts_EP, config, describe = self.experts_EP, self._config, self._describe
+        choice = self._recipe.signal, self._recipe.similarity
+        if choice == ("weights", "cosine"):
+            return cosine_similarity(experts_EP, describe=describe)
+        check_rows(experts_EP, describe=describe)
+        if choice == ("weights", "cka"):
+            return linear_cka(
+                lambda row: neurons(experts_EP[row], config),
+                len(experts_EP),
+                describe=describe,
+                what="neuron",
+            )
+        outputs_ENH = expert_outputs(experts_EP, self._inputs[self._layer], config)
+        if choice == ("activations", "cka"):
+            return linear_cka(
+                outputs_ENH.__getitem__, len(experts_EP), describe=describe, what="output"
+            )
+        return cosine_similarity(outputs_ENH.flatten(1), describe=describe, what="output")
+
+    def _align(self, plan: LayerPlan) -> None:
+        """Bring the members of each slot into the order of its first, in the buffer."""
+        pairs = [(ref, slot[0]) for slot in plan.slots for ref in slot[1:]]
+
+        def match(pair: tuple[ExpertRef, ExpertRef]) -> tuple[ExpertRef, Tensor]:
+            ref, first = pair
+            return ref, neuron_order(self._row(ref), self._row(first), self._config)
+
+        with single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
+            self._orders = dict(pool.map(match, pairs))
+        for ref, order_I in self._orders.items():
+            reorder_neurons(self._row(ref), order_I, self._config)
+
+    def _row(self, ref: ExpertRef) -> Tensor:
+        return self.experts_EP[ref.variant_idx * self._config.num_experts + ref.expert]
+
+    def _describe(self, row: int) -> str:
+        idx, expert = divmod(row, self._config.num_experts)
+        checkpoint = self._checkpoints[idx]
+        return f"{checkpoint.folder}: {checkpoint.name}, layer {self._layer}, expert {expert}"
 
 
 def _layer_buffer(checkpoints: Sequence[Checkpoint]) -> Tensor:
@@ -73,22 +155,3 @@ def _read_layer(checkpoints: Sequence[Checkpoint], layer: int, experts_EP: Tenso
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(read, range(len(experts_EP))))
-
-
-def _share(
-    checkpoints: Sequence[Checkpoint],
-    layer: int,
-    experts_EP: Tensor,
-    keys: Sequence[str],
-    recipe: Recipe,
-) -> list[int]:
-    """Label the rows: equal labels share a slot."""
-
-    def describe(row: int) -> str:
-        idx, expert = divmod(row, checkpoints[0].config.num_experts)
-        return f"{checkpoints[idx].folder}: {checkpoints[idx].name}, layer {layer}, expert {expert}"
-
-    if recipe.lossless:
-        check_rows(experts_EP, describe=describe)
-        return identity_labels(keys)
-    return cluster_labels(cosine_similarity(experts_EP, describe=describe), recipe.threshold)

@@ -7,7 +7,7 @@ side and a layer at a time, and the loss is read off.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from moeconsolidate.coding import decode_layer
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.plan import LayerPlan
+from moeruntime.codes import NestedCode
 
 __all__ = ["MeasuredLoss", "measure"]
 
@@ -42,6 +43,7 @@ def measure(
     checkpoints: Sequence[Checkpoint],
     layers: Sequence[LayerPlan],
     reader: LayerReader,
+    nested: Mapping[str, NestedCode],
     statistics: Sequence[Statistics],
     windows: Sequence[Tensor],
 ) -> list[MeasuredLoss]:
@@ -53,6 +55,7 @@ def measure(
         checkpoints: the variants.
         layers: slots and private codes of every layer.
         reader: where layers are read from.
+        nested: how shared codes are stored.
         statistics: each variant's calibration.
         windows: each variant's held-out text, int64 [W, T].
     """
@@ -63,8 +66,8 @@ def measure(
     coded = list(originals)
     config = checkpoints[0].config
     for plan in layers:
-        reader.fill(plan.layer)
-        decoded = decode_layer(plan, reader.experts_EP, config, statistics)
+        reader.read(plan.layer, plan)
+        decoded = decode_layer(plan, reader.experts_EP, config, nested, reader.aligned(statistics))
         for idx, checkpoint in enumerate(checkpoints):
             original = StreamedLayer(checkpoint, plan.layer)
             replaced = StreamedLayer(checkpoint, plan.layer, experts=decoded[idx])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moeconsolidate.plan import ConsolidationPlan
+from moeconsolidate.plan import ConsolidationPlan, Recipe
 from moeruntime.families import ModelConfig
 
 __all__ = ["model_card"]
@@ -30,17 +30,6 @@ def model_card(
         separate_bytes: tensor bytes of the variants as separate models.
     """
     recipe = plan.recipe
-    merged = f"its members merged by the rule {recipe.merge}"
-    if recipe.merge == "average":
-        merged = "the average of its members"
-    rule = (
-        "Only bit-identical experts share a slot: every variant comes out exactly as it went in."
-        if recipe.lossless
-        else f"Experts share a slot where their average {recipe.similarity} similarity "
-        f"({recipe.signal}, {recipe.linkage} linkage) is at least {recipe.threshold:g}; a slot "
-        f"holds {merged}. Routers and all other weights are each "
-        "variant's own."
-    )
     lines = [
         f"# {len(names)} {family} variants in one pack",
         "",
@@ -54,7 +43,7 @@ def model_card(
         "",
         "## Recipe",
         "",
-        rule,
+        _rule(recipe),
         "",
         "## Slots",
         "",
@@ -77,3 +66,29 @@ def model_card(
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _rule(recipe: Recipe) -> str:
+    """What the recipe did, in sentences."""
+    if recipe.lossless:
+        return "Only bit-identical experts share a slot: every variant comes out as it went in."
+    if recipe.code == "nested":
+        holds = (
+            f"the {recipe.shared_bits} high bits that its members have in common, beside which each "
+            "variant has private low bits"
+        )
+    elif recipe.merge == "average":
+        holds = "the average of its members"
+    else:
+        holds = f"its members merged by the rule {recipe.merge}"
+    aligned = (
+        " Neurons of experts that share a slot were brought into one order first, which changes "
+        "nothing of what they compute."
+        if recipe.alignment == "neurons"
+        else ""
+    )
+    return (
+        f"Experts share a slot where their average {recipe.similarity} similarity "
+        f"({recipe.signal}, {recipe.linkage} linkage) is at least {recipe.threshold:g}; a slot "
+        f"holds {holds}.{aligned} Routers and all other weights are each variant's own."
+    )

@@ -55,9 +55,13 @@ def consolidate(
     models: Models,
     out: str | PathLike[str],
     *,
-    threshold: float = 0.9,
+    threshold: float | None = None,
+    similarity: str | None = None,
+    signal: str | None = None,
+    align: bool = False,
     merge: str | None = None,
     code: str | None = None,
+    shared_bits: int | None = None,
     budget: str | None = None,
     max_loss: float | None = None,
     calibration: Mapping[str, Sequence[Path]] | None = None,
@@ -69,15 +73,21 @@ def consolidate(
     Args:
         models: `[NAME=]FOLDER` for each variant, or a mapping of names to folders; at least two.
         out: where the pack is to appear; nothing may be there yet.
-        threshold: cosine similarity, in [0, 1], from which experts share a slot; 1.0 shares
-            bit-identical experts only.
+        threshold: similarity, in [0, 1], from which experts share a slot; 1.0 shares bit-identical
+            experts only. None is 0.9.
+        similarity: "cosine" or "cka", as `moeconsolidate.similarity` defines them; None is cosine.
+        signal: "weights" or "activations", as `moeconsolidate.signals` defines them; None is
+            weights, or activations where `align` is set.
+        align: whether to bring the neurons of a slot's members into one order first, for variants
+            that have no ancestor in common.
         merge: the rule that makes one plain expert of a slot's members; None is "average".
         code: "nested" or "plain"; None is plain where a merge rule is given and at threshold 1.0,
             which loses nothing, and nested otherwise.
+        shared_bits: of nested codes, 2 to 6; None is 4.
         budget: bytes that experts may take, such as "60GB", or "0.25x" of separate models'.
         max_loss: instead of a budget, the predicted loss of the worst variant, nats per token.
-        calibration: variant -> JSONL files of its text. Where bits are chosen and none are given,
-            the variants' own sampled text takes their place.
+        calibration: variant -> JSONL files of its text. Where some is needed and none is given, the
+            variants' own sampled text takes its place.
         plan: executed as it is, instead of all of the above but `calibration`.
         on_progress: called after each step.
 
@@ -94,8 +104,12 @@ def consolidate(
             recipe = resolve_recipe(
                 checkpoints,
                 threshold=threshold,
+                similarity=similarity,
+                signal=signal,
+                align=align,
                 merge=merge,
                 code=code,
+                shared_bits=shared_bits,
                 budget=budget,
                 max_loss=max_loss,
                 texts=texts,
@@ -109,34 +123,31 @@ def consolidate(
         recipe = replace(recipe, texts=learned.texts)
         if plan is None and recipe.allocated:
             plan = plan_layers(checkpoints, recipe, learned, report)
-        reader = LayerReader(checkpoints, recipe)
-        nested = nested_format(config) if recipe.code == "nested" else None
+        reader = LayerReader(checkpoints, recipe, learned.inputs)
+        nested = nested_format(config, recipe.shared_bits) if recipe.code == "nested" else None
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
-                shared = reader.read(layer)
+                shared = reader.read(layer, plan.layers[layer] if plan else None)
+                if nested is not None and plan is None:
+                    shared = with_default_codes(shared, recipe.shared_bits)
+                layers.append(shared)
+                statistics = learned.statistics and reader.aligned(learned.statistics)
                 if nested is None:
-                    layers.append(plan.layers[layer] if plan else shared)
-                    merged = _merger(
-                        MERGE_RULES[recipe.merge],
-                        layers[-1],
-                        reader.experts_EP,
-                        config,
-                        learned.statistics,
-                    )
-                    writer.write_layer(layers[-1], merged)
+                    rule = MERGE_RULES[recipe.merge]
+                    merged = _merger(rule, shared, reader.experts_EP, config, statistics)
+                    writer.write_layer(shared, merged)
                 else:
-                    layers.append(plan.layers[layer] if plan else with_default_codes(shared))
                     coded = code_layer(
-                        layers[-1],
+                        shared,
                         reader.experts_EP,
                         config,
                         nested,
-                        learned.statistics,
+                        statistics,
                         num_variants=len(names),
                     )
-                    writer.write_coded_layer(layers[-1], *coded)
+                    writer.write_coded_layer(shared, *coded)
                 report(Progress("experts", layer + 1, config.num_layers))
             _write_rest(checkpoints, writer, report)
             prediction = plan.prediction if plan else None
@@ -146,6 +157,7 @@ def consolidate(
                 [checkpoint.content_sha256() for checkpoint in checkpoints],
                 separate_bytes=sum(checkpoint.num_bytes for checkpoint in checkpoints),
                 nested=nested,
+                routing=_routing(names, learned.statistics),
             )
     return ConsolidationResult(target, done, manifest)
 
@@ -153,9 +165,13 @@ def consolidate(
 def make_plan(
     models: Models,
     *,
-    threshold: float = 0.9,
+    threshold: float | None = None,
+    similarity: str | None = None,
+    signal: str | None = None,
+    align: bool = False,
     merge: str | None = None,
     code: str | None = None,
+    shared_bits: int | None = None,
     budget: str | None = None,
     max_loss: float | None = None,
     calibration: Mapping[str, Sequence[Path]] | None = None,
@@ -171,8 +187,12 @@ def make_plan(
         recipe = resolve_recipe(
             checkpoints,
             threshold=threshold,
+            similarity=similarity,
+            signal=signal,
+            align=align,
             merge=merge,
             code=code,
+            shared_bits=shared_bits,
             budget=budget,
             max_loss=max_loss,
             texts=texts,
@@ -211,6 +231,16 @@ def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: O
     writer.write_non_expert(digests, lambda idx, role: checkpoints[idx].read_non_expert(role))
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
+
+
+def _routing(
+    names: Sequence[str], statistics: Sequence[Statistics] | None
+) -> dict[str, list[list[int]]]:
+    """How often calibration text was routed to each expert, of ten thousand tokens."""
+    return {
+        name: (one.num_routed_LE.double() * (10_000 / one.num_tokens)).round().int().tolist()
+        for name, one in zip(names, statistics or (), strict=False)
+    }
 
 
 def _merger(

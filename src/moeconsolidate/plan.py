@@ -22,10 +22,12 @@ __all__ = ["ConsolidationPlan", "ExpertRef", "LayerPlan", "OnProgress", "Progres
 T = TypeVar("T")
 
 LOSSLESS_THRESHOLD = 1.0
+DEFAULT_THRESHOLD = 0.9
 _CHOICES = {
-    "similarity": ("cosine",),
-    "signal": ("weights",),
+    "similarity": ("cosine", "cka"),
+    "signal": ("weights", "activations"),
     "linkage": ("average",),
+    "alignment": ("none", "neurons"),
     "merge": (
         "average",
         "first",
@@ -41,8 +43,15 @@ _CHOICES = {
 CALIBRATED_MERGES = ("frequency-weighted", "regmean")
 """Merge rules that need calibration."""
 
-DEFAULT_CODES = (PrivateCode(3, 2), PrivateCode(3, 2))
-"""Private codes of every expert where no budget decides: small losses without any data."""
+DEFAULT_SHARED_BITS = 4
+
+
+def default_code(shared_bits: int) -> PrivateCode:
+    """Private code where no budget decides: small losses without any data.
+
+    Its steps reach over two of the shared code's, as far as the integers allow.
+    """
+    return PrivateCode(3, max(1, 2 ** (5 - shared_bits)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +73,15 @@ class Recipe:
     Attributes:
         threshold: experts share a slot where their average similarity reaches this; 1.0 shares
             bit-identical experts only, and so loses nothing.
-        similarity: how two experts are compared.
-        signal: what is compared.
+        similarity: how two experts are compared: "cosine" or "cka", as `similarity` defines them.
+        signal: what is compared: "weights" or "activations", as `signals` defines them.
         linkage: how the similarity of two clusters follows from their members'.
+        alignment: "neurons" brings those of a slot's members into one order before they are merged
+            or coded; "none" takes experts as they are.
         merge: how the weights of a slot follow from its members', where code is "plain".
         code: "nested" stores a slot's shared bits and each member's private bits; "plain" stores
             one merged expert as it is.
+        shared_bits: bits of a weight's shared code, 2 to 6, where code is "nested".
         calibration: what says how much each weight matters: "text" that was given, text sampled
             from each variant it"self", or "none".
         budget_bytes: experts take at most this; None where no budget decides.
@@ -81,8 +93,10 @@ class Recipe:
     similarity: str = "cosine"
     signal: str = "weights"
     linkage: str = "average"
+    alignment: str = "none"
     merge: str = "average"
     code: str = "plain"
+    shared_bits: int = DEFAULT_SHARED_BITS
     calibration: str = "none"
     budget_bytes: int | None = None
     max_loss: float | None = None
@@ -97,6 +111,8 @@ class Recipe:
         # Written so that NaN, which no comparison holds for, is refused as well.
         if not 0.0 <= self.threshold <= 1.0:
             raise UsageError(f"threshold {self.threshold} is outside 0..1")
+        if not 2 <= self.shared_bits <= 6:
+            raise UsageError(f"{self.shared_bits} shared bits are outside 2..6")
         if self.budget_bytes is not None and self.budget_bytes < 1:
             raise UsageError(f"budget of {self.budget_bytes} bytes; it must be at least 1")
         if self.max_loss is not None and not 0.0 < self.max_loss <= 100.0:
@@ -114,11 +130,27 @@ class Recipe:
             raise UsageError(f"merge '{self.merge}' makes plain experts, not {self.code} codes")
         if self.merge in CALIBRATED_MERGES and self.calibration == "none":
             raise UsageError(f"merge '{self.merge}' needs calibration, with text or by itself")
+        if self.signal == "activations" and self.calibration == "none":
+            raise UsageError("signal 'activations' needs calibration, with text or by itself")
+        if self.lossless and self.alignment != "none":
+            raise UsageError("alignment reorders neurons, and a lossless pack keeps every bit")
+        if self.lossless and (self.similarity, self.signal) != ("cosine", "weights"):
+            raise UsageError(
+                "at threshold 1.0 only bit-identical experts share a slot: there is nothing that "
+                "another similarity or signal could decide"
+            )
 
     @property
     def lossless(self) -> bool:
         """Whether every variant comes out of the pack as it went in."""
         return self.threshold == LOSSLESS_THRESHOLD and self.code == "plain"
+
+    @property
+    def weighed(self) -> bool:
+        """Whether calibration says how much each weight matters, beyond who is alike."""
+        return self.calibration != "none" and (
+            self.code == "nested" or self.merge in CALIBRATED_MERGES
+        )
 
     @property
     def allocated(self) -> bool:
@@ -137,6 +169,7 @@ class Recipe:
             recipe = cls(
                 threshold=source.number("threshold", 0.0, 1.0),
                 **{name: source.text(name) for name in _CHOICES},
+                shared_bits=source.integer("shared_bits", 2, 6),
                 budget_bytes=_optional(
                     source, "budget_bytes", lambda: source.integer("budget_bytes", 1, 2**62)
                 ),

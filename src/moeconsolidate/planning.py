@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeconsolidate.allocation import Allocation, Unit, allocate
+from moeconsolidate.allocation import Allocation, Unit, allocate, options_for
 from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import Coherence, layer_units, nested_format
@@ -22,14 +22,17 @@ from moeconsolidate.layers import LayerReader
 from moeconsolidate.measuring import MeasuredLoss, measure
 from moeconsolidate.plan import (
     CALIBRATED_MERGES,
-    DEFAULT_CODES,
+    DEFAULT_SHARED_BITS,
+    DEFAULT_THRESHOLD,
     LOSSLESS_THRESHOLD,
     ConsolidationPlan,
     LayerPlan,
     Prediction,
     Progress,
     Recipe,
+    default_code,
 )
+from moeconsolidate.signals import expert_inputs, num_inputs
 from moeconsolidate.texts import Windows, sampled_windows, text_windows
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import UsageError
@@ -58,19 +61,25 @@ class Calibration:
         statistics: of each variant, in order; None where there was none.
         texts: variant -> sha256 of its tokens.
         held_out: of each variant, windows [W, T] that nothing was learned from.
+        inputs: of each layer, inputs [N, H] to compare its experts by; empty where weights are.
     """
 
     statistics: Sequence[Statistics] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
     held_out: Sequence[Tensor] = ()
+    inputs: Sequence[Tensor] = ()
 
 
 def resolve_recipe(
     checkpoints: Sequence[Checkpoint],
     *,
-    threshold: float,
+    threshold: float | None,
+    similarity: str | None,
+    signal: str | None,
+    align: bool,
     merge: str | None,
     code: str | None,
+    shared_bits: int | None,
     budget: str | None,
     max_loss: float | None,
     texts: Mapping[str, Sequence[Path]],
@@ -80,18 +89,31 @@ def resolve_recipe(
     Raises:
         UsageError: a value is out of range, or the choices contradict each other.
     """
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
     chooses = budget is not None or max_loss is not None
     _check_texts(texts, checkpoints)
     if code is None:
         merges = merge is not None or (threshold == LOSSLESS_THRESHOLD and not chooses)
         code = "plain" if merges else "nested"
-    learns = merge in CALIBRATED_MERGES
-    calibration = "text" if texts else "self" if chooses or learns else "none"
+    if shared_bits is not None and code == "plain":
+        raise UsageError("shared bits are those of nested codes; this pack stores plain experts")
+    # Weights of unlike ancestry say nothing before their neurons are aligned; what experts do does.
+    signal = signal or ("activations" if align else "weights")
+    learns = merge in CALIBRATED_MERGES or signal == "activations"
+    if texts and code != "nested" and not learns:
+        raise UsageError(
+            "nothing of this pack depends on calibration text: it stores plain experts that are "
+            "compared by their weights; leave --calibration out"
+        )
     return Recipe(
         threshold=threshold,
+        similarity=similarity or "cosine",
+        signal=signal,
+        alignment="neurons" if align else "none",
         merge=merge or "average",
         code=code,
-        calibration=calibration if code == "nested" or learns else "none",
+        shared_bits=DEFAULT_SHARED_BITS if shared_bits is None else shared_bits,
+        calibration="text" if texts else "self" if chooses or learns else "none",
         budget_bytes=None if budget is None else _budget_bytes(budget, checkpoints),
         max_loss=max_loss,
     )
@@ -109,40 +131,52 @@ def calibrate(
         UsageError: the recipe was made with other text than is given now.
         InputError: a text is bad or too short.
     """
+    if texts and recipe.calibration != "text":
+        raise UsageError("the plan was made without calibration text; leave --calibration out")
     if recipe.calibration == "none":
         return Calibration()
     if recipe.calibration == "text" and not texts:
         raise UsageError("the plan was made with calibration text; give the same --calibration")
     _check_texts(texts, checkpoints)
-    total = 2 * checkpoints[0].config.num_layers * len(checkpoints)
+    compares = recipe.signal == "activations"
+    sweeps = 2 * recipe.weighed + compares
+    total = sweeps * checkpoints[0].config.num_layers * len(checkpoints)
     done = count(1)
 
-    def learn(checkpoint: Checkpoint) -> tuple[Windows, Statistics]:
+    def on_layer(_: int) -> None:
+        report(Progress("calibration", next(done), total))
+
+    def learn(variant_idx: int) -> tuple[Windows, Statistics | None, Tensor | None]:
+        checkpoint = checkpoints[variant_idx]
         if recipe.calibration == "text":
             windows = text_windows(checkpoint, texts[checkpoint.name])
         else:
             windows = sampled_windows(checkpoint)
         if recipe.texts and recipe.texts.get(checkpoint.name) != windows.sha256:
             raise UsageError(f"'{checkpoint.name}': the plan was made with other calibration text")
-        statistics = collect(
-            checkpoint,
-            windows.learned,
-            on_layer=lambda _: report(Progress("calibration", next(done), total)),
-        )
-        return windows, statistics
+        statistics = inputs_LNH = None
+        if recipe.weighed:
+            statistics = collect(checkpoint, windows.learned, on_layer=on_layer)
+        if compares:
+            share = num_inputs(variant_idx, len(checkpoints))
+            inputs_LNH = expert_inputs(checkpoint, windows.learned, share, on_layer=on_layer)
+        return windows, statistics, inputs_LNH
 
     with (
         single_threaded_torch() as num_threads,
         ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        learned = list(pool.map(learn, checkpoints))
+        learned = list(pool.map(learn, range(len(checkpoints))))
+    statistics = [one for _, one, _ in learned if one is not None]
+    inputs = [one for _, _, one in learned if one is not None]
     return Calibration(
-        [statistics for _, statistics in learned],
+        statistics or None,
         {
             checkpoint.name: windows.sha256
-            for checkpoint, (windows, _) in zip(checkpoints, learned, strict=True)
+            for checkpoint, (windows, _, _) in zip(checkpoints, learned, strict=True)
         },
-        [windows.held_out for windows, _ in learned],
+        [windows.held_out for windows, _, _ in learned],
+        list(torch.cat(inputs, dim=1)) if inputs else (),
     )
 
 
@@ -159,22 +193,23 @@ def plan_layers(
             most bits reach.
     """
     config = checkpoints[0].config
-    reader = LayerReader(checkpoints, recipe)
+    reader = LayerReader(checkpoints, recipe, calibration.inputs)
     plans: list[LayerPlan] = []
     units: list[Unit] = []
     parts: list[str] = []
-    coherence = Coherence(len(checkpoints))
-    nested = nested_format(config)
+    coherence = Coherence(len(checkpoints), recipe.shared_bits)
+    nested = nested_format(config, recipe.shared_bits)
     for layer in range(config.num_layers):
         plan = reader.read(layer)
         if recipe.allocated:
             assert calibration.statistics is not None
             layer_of = (layer, plan.slots, reader.experts_EP, config, nested)
-            units += layer_units(*layer_of, calibration.statistics)
+            statistics = reader.aligned(calibration.statistics)
+            units += layer_units(*layer_of, statistics)
             parts += [part for part in EXPERT_PARTS for _ in plan.slots]
-            coherence.watch(*layer_of, calibration.statistics)
+            coherence.watch(*layer_of, statistics)
         elif recipe.code == "nested":
-            plan = with_default_codes(plan)
+            plan = with_default_codes(plan, recipe.shared_bits)
         plans.append(plan)
         report(Progress("planning", layer + 1, config.num_layers))
     if not recipe.allocated:
@@ -188,6 +223,7 @@ def plan_layers(
         checkpoints,
         _with_choices(plans, chosen),
         reader,
+        nested,
         calibration.statistics or (),
         calibration.held_out,
     )
@@ -208,7 +244,13 @@ def _allocate(
     units: Sequence[Unit], num_variants: int, recipe: Recipe, budget_bytes: int | None
 ) -> Allocation:
     """Choose bits, and complain if what was asked for cannot be had."""
-    chosen = allocate(units, num_variants, budget_bytes=budget_bytes, max_loss=recipe.max_loss)
+    chosen = allocate(
+        units,
+        num_variants,
+        budget_bytes=budget_bytes,
+        max_loss=recipe.max_loss,
+        options=options_for(recipe.shared_bits),
+    )
     if budget_bytes is not None and chosen.num_bytes > budget_bytes:
         raise UsageError(
             f"a budget of {recipe.budget_bytes} bytes is too small: without any private bits the "
@@ -273,9 +315,10 @@ def check_plan(plan: ConsolidationPlan, checkpoints: Sequence[Checkpoint]) -> No
             raise UsageError(f"the plan's layer {layer.layer} does not fit its recipe's code")
 
 
-def with_default_codes(plan: LayerPlan) -> LayerPlan:
+def with_default_codes(plan: LayerPlan, shared_bits: int) -> LayerPlan:
     """Give every expert the private bits that serve without any data."""
-    return plan.with_codes([[DEFAULT_CODES] * len(members) for members in plan.slots])
+    code = default_code(shared_bits)
+    return plan.with_codes([[(code, code)] * len(members) for members in plan.slots])
 
 
 def _check_texts(texts: Mapping[str, Sequence[Path]], checkpoints: Sequence[Checkpoint]) -> None:

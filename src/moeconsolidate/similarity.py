@@ -1,4 +1,7 @@
-"""How alike experts are. Legend: E (rows, one per variant and expert), P (weights of an expert).
+"""How alike experts are.
+
+Legend: E (rows, one per variant and expert), P (weights of an expert, or other numbers that
+describe it), N (samples of an expert), F (features of a sample).
 
 The dot products of rows of 10^8 weights are where precision is lost: a float32 cosine similarity
 over 58.7 million weights came out as 1.0091. Here they are accumulated in float64, over fixed
@@ -18,20 +21,26 @@ from torch import Tensor
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import CheckpointError
 
-__all__ = ["check_rows", "cosine_similarity"]
+__all__ = ["check_rows", "cosine_similarity", "linear_cka"]
 
 NUM_STRIPES = 16
+MAX_SAMPLES = 512
+"""Samples of an expert that `linear_cka` looks at; its cost is their square."""
+
 CHUNK_ELEMENTS = 2**18
 """Weights converted to float64 at once by one thread: 2 MiB, which stays in its cache."""
 
 
-def cosine_similarity(experts_EP: Tensor, *, describe: Callable[[int], str]) -> Tensor:
+def cosine_similarity(
+    experts_EP: Tensor, *, describe: Callable[[int], str], what: str = "weight"
+) -> Tensor:
     """Pairwise cosine similarity of one layer's experts across variants.
 
     Args:
         experts_EP: one row per (variant, expert): gate_proj | up_proj | down_proj, flattened.
             Any float dtype. Peak scratch: 2 MiB a thread and 16 matrices of 8 * E * E bytes.
         describe: names a row in messages, such as "math: layer 3, expert 5".
+        what: names one number of a row in messages.
 
     Returns:
         similarity_EE, float32 in [-1, 1], symmetric, diagonal exactly 1. The same bits for any
@@ -50,7 +59,7 @@ def cosine_similarity(experts_EP: Tensor, *, describe: Callable[[int], str]) -> 
 
     gram_EE = _sum_over_stripes(stripe_gram, experts_EP)
     squares_E = gram_EE.diagonal().clone()
-    _check_squares(squares_E, describe)
+    _check_squares(squares_E, describe, what)
     norms_E = squares_E.sqrt()
     similarity_EE = gram_EE.div_(norms_E[:, None]).div_(norms_E)
     similarity_EE = ((similarity_EE + similarity_EE.T) / 2).clamp_(-1.0, 1.0)
@@ -66,16 +75,56 @@ def check_rows(experts_EP: Tensor, *, describe: Callable[[int], str]) -> None:
             squares_E += chunk_EC.square_().sum(dim=1)
         return squares_E
 
-    _check_squares(_sum_over_stripes(stripe_squares, experts_EP), describe)
+    _check_squares(_sum_over_stripes(stripe_squares, experts_EP), describe, "weight")
 
 
-def _check_squares(squares_E: Tensor, describe: Callable[[int], str]) -> None:
+def linear_cka(
+    samples_of: Callable[[int], Tensor],
+    num_rows: int,
+    *,
+    describe: Callable[[int], str],
+    what: str,
+) -> Tensor:
+    """Pairwise linear centred kernel alignment of one layer's experts across variants.
+
+    Kornblith et al., "Similarity of Neural Network Representations Revisited" (2019),
+    https://arxiv.org/abs/1905.00414. With X the samples [N, F] of an expert, less their mean, and
+    K = X X^T, it is the cosine of two such matrices: <K, K'> / (|K| |K'|). It does not change when
+    features are rotated or all scaled alike; it does when samples change places.
+
+    Args:
+        samples_of: row -> its samples [N, F], equally many and in the same order for every row,
+            any float dtype. Of more than MAX_SAMPLES, so many are taken, evenly spread.
+        num_rows: E. Memory: 8 * E * N * N bytes, N at most MAX_SAMPLES.
+        describe: names a row in messages.
+        what: names one sample in messages.
+
+    Returns:
+        similarity_EE, float32 in [0, 1], symmetric, diagonal exactly 1. The same bits for any
+        number of threads.
+
+    Raises:
+        CheckpointError: a row's samples are all the same, or not finite.
+    """
+
+    def kernel(row: int) -> Tensor:
+        samples_NF = samples_of(row)
+        samples_NF = samples_NF[:: -(-len(samples_NF) // MAX_SAMPLES)].double()
+        centred_NF = samples_NF - samples_NF.mean(dim=0)
+        return (centred_NF @ centred_NF.T).flatten()
+
+    with single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
+        kernels = torch.stack(list(pool.map(kernel, range(num_rows))))
+    return cosine_similarity(kernels, describe=describe, what=f"{what} deviation")
+
+
+def _check_squares(squares_E: Tensor, describe: Callable[[int], str], what: str) -> None:
     """Squared norms tell it all: no finite weight of 32 bits overflows or vanishes in float64."""
     for row, square in enumerate(squares_E.tolist()):
         if square == 0.0:
-            raise CheckpointError(f"{describe(row)}: all weights are zero")
+            raise CheckpointError(f"{describe(row)}: all {what}s are zero")
         if not square < float("inf"):
-            raise CheckpointError(f"{describe(row)}: a weight is not finite (NaN or infinity)")
+            raise CheckpointError(f"{describe(row)}: a {what} is not finite (NaN or infinity)")
 
 
 def _chunks(experts_EP: Tensor, columns: range) -> Iterator[Tensor]:

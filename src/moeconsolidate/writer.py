@@ -40,6 +40,12 @@ __all__ = ["PackWriter"]
 SlotColumns = Callable[[int, slice], Tensor]
 """(slot, columns) -> those weights of the slot's expert, flattened; valid until the next call."""
 
+RoutingTable = Sequence[Sequence[int]]
+"""[layer][expert]: tokens routed to an expert, of ten thousand."""
+
+MAX_ROUTING = 2**16
+"""Numbers of all routing tables together: about 300 kB of a manifest."""
+
 
 class PackWriter:
     """One pack being written; made by `PackWriter.create`."""
@@ -177,6 +183,7 @@ class PackWriter:
         *,
         separate_bytes: int,
         nested: Mapping[str, NestedCode] | None = None,
+        routing: Mapping[str, RoutingTable] | None = None,
     ) -> Manifest:
         """Write the model card and, last of all, the manifest.
 
@@ -185,6 +192,8 @@ class PackWriter:
             content_sha256s: each variant's content digest.
             separate_bytes: tensor bytes of the variants as separate models.
             nested: how shared codes are stored, where they are.
+            routing: variant -> how often its experts were used in calibration, where there was one;
+                left out of the pack where it has more than MAX_ROUTING numbers.
         """
         card = model_card(
             self._names,
@@ -216,7 +225,7 @@ class PackWriter:
             ),
             files=self._files,
             recipe=plan.recipe.to_json(),
-            provenance={"moec": __version__},
+            provenance={"moec": __version__} | _bounded(routing),
             nested=nested,
         )
         write_file(self._folder / MANIFEST_NAME, manifest.to_bytes())
@@ -259,3 +268,11 @@ class PackWriter:
         """Check the room for tensors that are about to be written, and count them."""
         require_disk(self._folder.parent, num_bytes)
         self._tensor_bytes += num_bytes
+
+
+def _bounded(routing: Mapping[str, RoutingTable] | None) -> dict[str, object]:
+    """The entry of the provenance that routing makes, if it is there and not too long."""
+    tables = routing or {}
+    if not 0 < sum(len(row) for table in tables.values() for row in table) <= MAX_ROUTING:
+        return {}
+    return {"routing": {name: [list(row) for row in table] for name, table in tables.items()}}

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import moeruntime.engine
-from moeconsolidate import checkpoint, cli, publish, writer
+from moeconsolidate import checkpoint, cli, process, publish, writer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "parsing": (cli, "app"),
@@ -31,7 +31,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "writing": (writer, "write_file"),
     "flushing": (publish, "_flush_folders"),
     "cleaning": (shutil, "rmtree"),
-    "exiting": (cli, "_flush"),
+    "exiting": (process, "_flush"),
     "generating": (moeruntime.engine.Engine, "step"),
 }
 OUTSIDE_PAUSE_S = 0.03

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors, save_shards, tree_digests
-from moeconsolidate import consolidate, export_variant, texts
+from moeconsolidate import consolidate, export_variant, texts, writer
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.cli import main
 from moeconsolidate.evaluation import score_texts
@@ -155,6 +155,60 @@ def test_a_budget_is_met_where_columns_do_not_fill_words(
     result = consolidate(models, tmp_path / "pack", threshold=0.0, budget="0.4x")
     with Pack(result.pack) as opened:
         assert 0 < summarise(opened).expert_bytes <= (result.plan.recipe.budget_bytes or 0)
+
+
+@pytest.mark.usefixtures("little_text")
+@pytest.mark.parametrize("shared_bits", [2, 3, 5])
+def test_fewer_or_more_bits_may_be_shared(two: Folders, tmp_path: Path, shared_bits: int) -> None:
+    """Unshared experts, too, come below what 4 bits each would take."""
+    result = consolidate(
+        two, tmp_path / "pack", threshold=1.0, code="nested", budget="0.4x", shared_bits=shared_bits
+    )
+    nested = verify_pack(result.pack).nested
+    assert nested is not None
+    assert {code.shared_bits for code in nested.values()} == {shared_bits}
+    assert result.plan.num_slots == (16, 16)
+    assert result.manifest.coded_bytes() <= (result.plan.recipe.budget_bytes or 0)
+    again = ConsolidationPlan.from_bytes(json.dumps(result.plan.to_json()).encode(), "plan.json")
+    planned = consolidate(two, tmp_path / "planned", plan=again)
+    assert tree_digests(planned.pack) == tree_digests(result.pack)
+
+
+def test_the_default_codes_follow_the_shared_bits(two: Folders, tmp_path: Path) -> None:
+    errors = []
+    for shared_bits in (2, 3, 4):
+        out = tmp_path / str(shared_bits)
+        consolidate(two, out, shared_bits=shared_bits)
+        with Pack(out) as opened, Checkpoint("math", two["math"]) as checkpoint:
+            row_P = torch.empty(checkpoint.config.expert_numel, dtype=checkpoint.expert_dtype)
+            checkpoint.read_expert(1, 3, out=row_P)
+            found = [
+                opened.read_expert("math", 1, 3, part).flatten() for part in ("gate_up", "down")
+            ]
+            errors.append(float((torch.cat(found).float() - row_P.float()).norm()))
+    assert errors[0] > 1.5 * errors[1] > 1.5 * 1.5 * errors[2]
+
+
+def test_a_calibrated_pack_tells_how_experts_were_used(small_pack: Path) -> None:
+    manifest = verify_pack(small_pack)
+    routing = manifest.provenance["routing"]
+    assert set(routing) == set(manifest.variant_names)
+    for table in routing.values():
+        assert [len(row) for row in table] == [8] * manifest.config.num_layers
+        # Of ten thousand tokens, each goes to top_k experts.
+        for row in table:
+            assert sum(row) == pytest.approx(10_000 * manifest.config.top_k, abs=8)
+    assert routing["base"] != routing["math"]
+
+
+@pytest.mark.usefixtures("little_text")
+def test_routing_is_told_only_where_it_is_known_and_short(
+    two: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "routing" not in consolidate(two, tmp_path / "default").manifest.provenance
+    monkeypatch.setattr(writer, "MAX_ROUTING", 2 * 2 * 8 - 1)
+    budgeted = consolidate(two, tmp_path / "budget", budget="0.25x").manifest
+    assert "routing" not in budgeted.provenance
 
 
 @pytest.mark.usefixtures("little_text")
@@ -478,10 +532,13 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
         (["--max-loss", "0.1", "--budget", "0.2x"], "not both"),
         (["--budget", "0.2x", "--code", "plain"], "which only nested codes have"),
         (["--code", "zip"], "code 'zip' is unknown; known: nested, plain"),
+        (["--shared-bits", "7"], "7 shared bits are outside 2..6"),
+        (["--shared-bits", "3", "--code", "plain"], "this pack stores plain experts"),
+        (["--shared-bits", "3", "--plan", "plan.json"], "--plan has every choice in it"),
         (["--calibration", "maths=x.jsonl"], "calibration for 'maths', which is no variant"),
         (["--calibration", "math=x.jsonl"], "for some variants, but not for base"),
         (["--calibration", "math"], "--calibration 'math' is not NAME=PATH"),
-        (["--plan", "plan.json", "--budget", "0.2x"], "--plan has budget, loss, code"),
+        (["--plan", "plan.json", "--budget", "0.2x"], "--plan has every choice in it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

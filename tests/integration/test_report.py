@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from moeconsolidate.charts import bytes_chart, dendrogram_chart, similarity_chart
+from moeconsolidate.charts import (
+    bytes_chart,
+    dendrogram_chart,
+    routing_chart,
+    similarity_chart,
+)
 from moeconsolidate.cli import main
 from moeconsolidate.html_report import read_curve, read_scores, render_report
 from moeconsolidate.page import table, text
@@ -127,6 +133,62 @@ def test_precision_is_private_bits_or_the_dtype(pack: Path, lossless_pack: Path)
     check_self_contained(plain)
     assert ">bf16</td>" in plain
     assert "private bits" not in plain
+
+
+def with_routing(pack: Path, folder: Path, routing: object) -> Path:
+    shutil.copytree(pack, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["provenance"]["routing"] = routing
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_routing_is_drawn_where_the_pack_tells_it(pack: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = ("base", "python", "math", "shell")
+    tables = {name: generator.integers(10, 9_000, (4, 8)) for name in names}
+    tables["math"][2, 5] = 9_870
+    tables["shell"][1, 3] = 2
+    routing = {name: table.tolist() for name, table in tables.items()}
+    page = render(with_routing(pack, tmp_path / "told", routing))
+    check_self_contained(page)
+    assert 'id="routing-title"' in page
+    assert "98.7%: layer 2, expert 5" in page
+    assert "each of 8 would get 25.0%" in page
+    rare = int((tables["shell"] < 250).sum())
+    assert rare >= 1
+    assert re.search(rf'>shell</t[dh]>.*?<td class="n">{rare}</td>', page, re.DOTALL)
+    assert "Routing" not in render(pack)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda routing: {"base": routing["base"]},
+        lambda routing: routing | {"math": HOSTILE},
+        lambda routing: routing | {"math": [[True] * 8] * 4},
+        lambda routing: routing | {"math": [[10_001] * 8] * 4},
+        lambda routing: routing | {"math": [[1] * 8] * 5},
+        lambda routing: routing | {"math": [[0.5] * 8] * 4},
+        lambda routing: [routing],
+        lambda routing: HOSTILE,
+    ],
+)
+def test_routing_that_makes_no_sense_is_left_out(
+    pack: Path, tmp_path: Path, change: Callable[[Any], object]
+) -> None:
+    routing = {name: [[1] * 8] * 4 for name in ("base", "python", "math", "shell")}
+    page = render(with_routing(pack, tmp_path / "pack", change(routing)))
+    assert "<h2" in page
+    assert "Routing" not in page
+
+
+@pytest.mark.parametrize("num_variants", [1, 2, 3, 8, 11])
+def test_a_routing_chart_has_a_map_for_every_variant(num_variants: int) -> None:
+    tables = {f"variant-{idx}": np.full((40, 64), idx / 100) for idx in range(num_variants)}
+    drawing = routing_chart(tables, uniform=2 / 64, title="use")
+    assert drawing.count("<image") == num_variants + 1
+    assert all(f">{name}<" in drawing for name in tables)
 
 
 def test_same_pack_same_bytes(pack: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeconsolidate.allocation import OPTIONS, Unit, allocate
+from moeconsolidate.allocation import OPTIONS, Unit, allocate, options_for
 from moeruntime.codes import PrivateCode, plane_bytes
 
 ROWS, COLUMNS = 8, 64
@@ -59,6 +59,20 @@ def test_every_option_can_be_stored_and_they_differ() -> None:
     assert all(option.valid() for option in OPTIONS)
     assert len(set(OPTIONS)) == len(OPTIONS)
     assert OPTIONS[0] == PrivateCode(0, 0)
+
+
+@pytest.mark.parametrize("shared_bits", range(2, 7))
+def test_options_fit_beside_any_shared_bits(shared_bits: int) -> None:
+    options = options_for(shared_bits)
+    assert all(option.valid() for option in options)
+    assert len(set(options)) == len(options)
+    assert options[0] == PrivateCode(0, 0)
+    assert {option.bits for option in options} == {0, 1, 2, 3, 4}
+    # Alone in its slot an expert wants plain uniform levels: the step of H cut evenly.
+    step = 2 ** (7 - shared_bits)
+    assert {PrivateCode(r, step >> r) for r in (1, 2, 3) if step >> r >= 1} <= set(options)
+    if shared_bits == 4:
+        assert options == OPTIONS
 
 
 @settings(max_examples=12, deadline=None)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moeconsolidate.similarity import check_rows, cosine_similarity
+from moeconsolidate.similarity import check_rows, cosine_similarity, linear_cka
 from moeruntime.errors import CheckpointError
 
 
@@ -65,3 +65,58 @@ def test_bad_rows_are_named(check: object, value: float, complaint: str) -> None
         experts_EP[1, 49_999] = value
     with pytest.raises(CheckpointError, match=f"^row 1: .*{complaint}"):
         check(experts_EP, describe=describe)  # type: ignore[operator]
+
+
+def reference_cka(x_NF: torch.Tensor, y_NF: torch.Tensor) -> float:
+    """As its paper writes it, over features instead of samples."""
+    x_NF, y_NF = (one.double() - one.double().mean(dim=0) for one in (x_NF, y_NF))
+    both = (y_NF.T @ x_NF).square().sum()
+    return float(both / ((x_NF.T @ x_NF).norm() * (y_NF.T @ y_NF).norm()))
+
+
+def cka(samples: list[torch.Tensor]) -> torch.Tensor:
+    return linear_cka(samples.__getitem__, len(samples), describe=describe, what="neuron")
+
+
+def test_cka_is_that_of_its_paper() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(50, 30) + 3.0, torch.randn(50, 30)
+    samples = [first, second, first + 0.3 * second, first[:, :7].contiguous()]
+    similarity_EE = cka(samples)
+    assert similarity_EE.dtype == torch.float32
+    for row, one in enumerate(samples):
+        for column, other in enumerate(samples):
+            expected = reference_cka(one, other)
+            assert float(similarity_EE[row, column]) == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(similarity_EE, similarity_EE.T)
+    assert torch.equal(similarity_EE.diagonal(), torch.ones(4))
+
+
+def test_cka_sees_neither_rotations_nor_scales_and_does_see_the_order_of_samples() -> None:
+    torch.manual_seed(0)
+    x_NF = torch.randn(40, 20)
+    rotation, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
+    turned = 3 * (x_NF.double() @ rotation) + 5
+    similarity_EE = cka([x_NF, turned, x_NF[torch.randperm(40)]])
+    assert float(similarity_EE[0, 1]) == pytest.approx(1.0, abs=1e-6)
+    assert float(similarity_EE[0, 2]) < 0.6
+
+
+def test_cka_of_many_samples_looks_at_a_few_spread_evenly() -> None:
+    torch.manual_seed(0)
+    samples = [torch.randn(2000, 6), torch.randn(2000, 6)]
+    spread = [one[::4] for one in samples]
+    assert torch.equal(cka(samples), cka(spread))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(cka(samples), cka(spread))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("value", "complaint"), [(2.0, "are zero"), (float("inf"), "not finite")])
+def test_cka_of_what_has_none_is_refused(value: float, complaint: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CheckpointError, match=f"^row 1: .*neuron deviation.*{complaint}"):
+        cka([torch.randn(9, 4), torch.full((9, 4), value)])

@@ -46,7 +46,9 @@ def _gate_up_kernel(
         if H % STEP == 0 and I % ROWS == 0:
             gate_w = tl.load(weight + here[None, :], eviction_policy="evict_first")
             up_w = tl.load(weight + I * H + here[None, :], eviction_policy="evict_first")
-            x_tile = tl.load(x + here[:, None])
+            # Rows without a token are not fetched: what they would cost is not memory's time, but
+            # that of the way from the cache to the multiprocessors.
+            x_tile = tl.load(x + here[:, None], pairs_in, other=0.0)
         else:
             inside = rows_in & (here < H)[None, :]
             gate_w = tl.load(weight + here[None, :], inside, other=0.0)
@@ -112,7 +114,7 @@ def _down_kernel(
         here = at + columns
         if I % (STEP * PARTS) == 0 and H % ROWS == 0:
             w = tl.load(weight + here[None, :], eviction_policy="evict_first")
-            x_tile = tl.load(x + here[:, None])
+            x_tile = tl.load(x + here[:, None], pairs_in[None, :], other=0.0)
         else:
             inside = part * per_part + here < I
             w = tl.load(weight + here[None, :], rows_in & inside[None, :], other=0.0)

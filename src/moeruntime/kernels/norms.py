@@ -17,7 +17,8 @@ from torch import Tensor
 
 __all__ = ["FaceLists", "add_norm", "find_tile", "gated", "route"]
 
-CHUNK = 512
+EXPERTS_AT_ONCE = 8
+MAX_WARPS = 16
 
 
 @triton.jit
@@ -25,8 +26,8 @@ def _sum_parts(
     residual, parts, rows, shares, token, offsets, inside, P: tl.constexpr, H: tl.constexpr,
     GATHERED: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of one token's residual with its parts added."""
-    x = tl.load(residual + token * H + offsets, inside, other=0.0)
+    """One token's residual with its parts added."""
+    x = tl.load(residual + token.to(tl.int64) * H + offsets, inside, other=0.0)
     for part in tl.static_range(P):
         if GATHERED:
             row = tl.load(rows + token * P + part).to(tl.int64)
@@ -39,35 +40,21 @@ def _sum_parts(
 
 
 @triton.jit
-def _scale(
-    residual, parts, rows, shares, token, eps, P: tl.constexpr, H: tl.constexpr,
-    CHUNK: tl.constexpr, GATHERED: tl.constexpr,
-):  # fmt: skip
-    """One over the root mean square of a token's residual with its parts."""
-    squares = tl.zeros((CHUNK,), tl.float32)
-    for start in tl.range(0, H, CHUNK):
-        offsets = start + tl.arange(0, CHUNK)
-        x = _sum_parts(residual, parts, rows, shares, token, offsets, offsets < H, P, H, GATHERED)
-        squares += x * x
-    return tl.rsqrt(tl.sum(squares) / H + eps)
-
-
-@triton.jit
 def _add_norm_kernel(
     residual, parts, rows, shares, weight, slot_T, out, slot_stride, eps,
-    P: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, GATHERED: tl.constexpr,
+    P: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
-    weight += tl.load(slot_T + token) * slot_stride
-    scale = _scale(residual, parts, rows, shares, token, eps, P, H, CHUNK, GATHERED)
-    for start in tl.range(0, H, CHUNK):
-        offsets = start + tl.arange(0, CHUNK)
-        inside = offsets < H
-        x = _sum_parts(residual, parts, rows, shares, token, offsets, inside, P, H, GATHERED)
-        normed = x * scale * tl.load(weight + offsets, inside, other=0.0).to(tl.float32)
-        if P > 0:
-            tl.store(residual + token * H + offsets, x, inside)
-        tl.store(out + token * H + offsets, normed.to(out.dtype.element_ty), inside)
+    offsets = tl.arange(0, ROW)
+    inside = offsets < H
+    slot = tl.load(slot_T + token)
+    x = _sum_parts(residual, parts, rows, shares, token, offsets, inside, P, H, GATHERED)
+    norm = tl.load(weight + slot * slot_stride + offsets, inside, other=0.0).to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x) / H + eps) * norm
+    if P > 0:
+        tl.store(residual + token.to(tl.int64) * H + offsets, x, inside)
+    target = out + token.to(tl.int64) * H + offsets
+    tl.store(target, normed.to(out.dtype.element_ty), inside)
 
 
 def add_norm(
@@ -103,7 +90,7 @@ def add_norm(
         residual_TH, nothing if parts is None else parts, nothing if rows_TP is None else rows_TP,
         nothing if shares_TP is None else shares_TP, weight_RH, slot_T, out_TH,
         weight_RH.stride(0), eps,
-        P=num_parts, H=hidden, CHUNK=_chunk(hidden), GATHERED=gathered, num_warps=4,
+        P=num_parts, H=hidden, **_row(hidden), GATHERED=gathered,
     )  # fmt: skip
 
 
@@ -184,27 +171,29 @@ def _route_kernel(
     counts, pairs, weights,
     norm_stride, router_stride, faces_stride, capacity, eps,
     P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
-    K_POW2: tl.constexpr, CHUNK: tl.constexpr,
+    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     slot, variant = tl.load(slot_T + token), tl.load(variant_T + token)
-    norm += slot * norm_stride
     router += slot * router_stride
-    scale = _scale(residual, parts, parts, parts, token, eps, P, H, CHUNK, False)
+    offsets = tl.arange(0, ROW)
+    inside = offsets < H
+    x = _sum_parts(residual, parts, parts, parts, token, offsets, inside, P, H, False)
+    scale = tl.load(norm + slot * norm_stride + offsets, inside, other=0.0).to(tl.float32)
+    normed = (x * tl.rsqrt(tl.sum(x * x) / H + eps) * scale).to(out.dtype.element_ty)
+    tl.store(residual + token * H + offsets, x, inside)
+    tl.store(out + token * H + offsets, normed, inside)
     experts = tl.arange(0, E_POW2)
-    logits_EC = tl.zeros((E_POW2, CHUNK), tl.float32)
-    for start in tl.range(0, H, CHUNK):
-        offsets = start + tl.arange(0, CHUNK)
-        inside = offsets < H
-        x = _sum_parts(residual, parts, parts, parts, token, offsets, inside, P, H, False)
-        tl.store(residual + token * H + offsets, x, inside)
-        normed = x * scale * tl.load(norm + offsets, inside, other=0.0).to(tl.float32)
-        normed = normed.to(out.dtype.element_ty)
-        tl.store(out + token * H + offsets, normed, inside)
-        both = (experts[:, None] < E) & inside[None, :]
-        rows_EC = tl.load(router + experts[:, None] * H + offsets[None, :], both, other=0.0)
-        logits_EC += rows_EC.to(tl.float32) * normed.to(tl.float32)[None, :]
-    logits_E = tl.where(experts < E, tl.sum(logits_EC, axis=1), float("-inf"))
+    logits_E = tl.full((E_POW2,), float("-inf"), tl.float32)
+    for start in tl.static_range(0, E, AT_ONCE):
+        some = start + tl.arange(0, AT_ONCE)
+        both = (some[:, None] < E) & inside[None, :]
+        rows_AH = tl.load(router + some[:, None] * H + offsets[None, :], both, other=0.0)
+        found_A = tl.sum(rows_AH.to(tl.float32) * normed.to(tl.float32)[None, :], axis=1)
+        same_EA = experts[:, None] == some[None, :]
+        mine_E = tl.sum(tl.where(same_EA, found_A[None, :], 0.0), axis=1)
+        here_E = (experts >= start) & (experts < start + AT_ONCE) & (experts < E)
+        logits_E = tl.where(here_E, mine_E, logits_E)
     largest = tl.max(logits_E)
     choices = tl.arange(0, K_POW2)
     chosen_K = tl.zeros((K_POW2,), tl.int32)
@@ -262,7 +251,8 @@ def route(
         norm_RH.stride(0), router_REH.stride(0), faces_VE.stride(0), lists.pairs_LFC.shape[2], eps,
         P=parts_TPH.shape[1], H=hidden, E=num_experts,
         E_POW2=triton.next_power_of_2(num_experts), K=top_k,
-        K_POW2=triton.next_power_of_2(top_k), CHUNK=_chunk(hidden), num_warps=8,
+        K_POW2=triton.next_power_of_2(top_k),
+        AT_ONCE=min(EXPERTS_AT_ONCE, triton.next_power_of_2(num_experts)), **_row(hidden),
     )  # fmt: skip
 
 
@@ -285,5 +275,7 @@ def gated(both_MI: Tensor) -> Tensor:
     return out
 
 
-def _chunk(hidden: int) -> int:
-    return int(min(CHUNK, triton.next_power_of_2(hidden)))
+def _row(hidden: int) -> dict[str, int]:
+    """A program holds a whole row, and hides its latency behind many warps."""
+    row = int(triton.next_power_of_2(hidden))
+    return {"ROW": row, "num_warps": max(1, min(MAX_WARPS, row // 256))}

@@ -51,11 +51,13 @@ class Shapes:
             one = Shape(rows=32, step=32, tokens=16, stages=2)
             return cls(one, one, one, one, one)
         tokens = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+        # Mixtral sends a quarter of the tokens to each expert.
+        pairs = 16 if num_rows <= 32 else 32 if num_rows <= 64 else 64
         return cls(
-            qkv=Shape(rows=32, step=128, tokens=tokens),
-            o=Shape(rows=32, step=128, tokens=tokens, parts=2),
-            gate_up=Shape(rows=32, step=128, tokens=16),
-            down=Shape(rows=32, step=128, tokens=16, parts=2),
+            qkv=Shape(rows=16 if num_rows <= 16 else 64, step=128, tokens=tokens),
+            o=Shape(rows=16 if num_rows <= 16 else 64, step=128, tokens=tokens, parts=2),
+            gate_up=Shape(rows=16 if num_rows <= 2 else 64, step=128, tokens=pairs, stages=3),
+            down=Shape(rows=32 if num_rows <= 2 else 64, step=128, tokens=pairs, parts=4, stages=4),
             head=Shape(rows=64, step=128, tokens=tokens),
         )
 

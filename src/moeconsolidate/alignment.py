@@ -1,0 +1,88 @@
+"""Bringing the neurons of experts into the same order, to merge or code them together.
+
+An expert computes the same whatever the order of its neurons: neuron i is row i of gate_proj and of
+up_proj, and column i of down_proj. Variants of one ancestor keep its order; others do not, and then
+the mean of two of them is neither. The order is found as by "weight matching" in Git Re-Basin
+(Ainsworth et al. 2023, https://arxiv.org/abs/2209.04836), which M-SMoE (Li et al. 2024,
+https://arxiv.org/abs/2310.01334) does for experts: the permutation that has the largest inner
+product with the expert it is to match. As only one dimension is free, one assignment finds it.
+
+Legend: P (weights of an expert), I intermediate, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from moeconsolidate.importance import ExpertStatistics, Statistics
+from moeruntime.families import ModelConfig
+
+__all__ = ["neuron_order", "reorder_neurons", "reorder_statistics"]
+
+
+def neuron_order(expert_P: Tensor, reference_P: Tensor, config: ModelConfig) -> Tensor:
+    """The order of an expert's neurons in which it is most like another expert.
+
+    Args:
+        expert_P: gate_proj | up_proj | down_proj, flattened.
+        reference_P: the expert to match.
+        config: their architecture; memory is 8 I^2 bytes, time about I^3.
+
+    Returns:
+        order_I, int64: neuron `order_I[i]` belongs in place i.
+    """
+    match_II = torch.zeros(config.intermediate_size, config.intermediate_size)
+    for ours, theirs in zip(
+        _by_neuron(expert_P, config), _by_neuron(reference_P, config), strict=True
+    ):
+        match_II.addmm_(theirs.float(), ours.float().T)
+    _, order_I = linear_sum_assignment(match_II.numpy(), maximize=True)
+    return torch.from_numpy(order_I)
+
+
+def reorder_neurons(expert_P: Tensor, order_I: Tensor, config: ModelConfig) -> None:
+    """Put an expert's neurons into this order, in place."""
+    for matrix in _by_neuron(expert_P, config):
+        matrix.copy_(matrix[order_I])
+
+
+def reorder_statistics(
+    statistics: Statistics, layer: int, orders: Mapping[int, Tensor]
+) -> Statistics:
+    """The calibration of a variant, some experts of which were reordered in one layer.
+
+    Neurons are gate_up's outputs, twice over, and down's inputs.
+
+    Args:
+        statistics: left as it is.
+        layer: of the model.
+        orders: expert -> order_I.
+    """
+    parts = dict(statistics.layers[layer])
+    gate_up, down = parts["gate_up"], parts["down"]
+    outputs_ER, inputs_ECC = gate_up.outputs_ER.clone(), down.inputs_ECC.clone()
+    gate_up_samples, down_samples = dict(gate_up.samples), dict(down.samples)
+    for expert, order_I in orders.items():
+        both_R = torch.cat([order_I, order_I + len(order_I)])
+        outputs_ER[expert] = outputs_ER[expert, both_R]
+        inputs_ECC[expert] = inputs_ECC[expert][order_I][:, order_I]
+        if expert in gate_up_samples:
+            gate_up_samples[expert] = [(x, d[:, both_R]) for x, d in gate_up_samples[expert]]
+            down_samples[expert] = [(x[:, order_I], d) for x, d in down_samples[expert]]
+    parts["gate_up"] = ExpertStatistics(gate_up.inputs_ECC, outputs_ER, gate_up_samples)
+    parts["down"] = ExpertStatistics(inputs_ECC, down.outputs_ER, down_samples)
+    layers = list(statistics.layers)
+    layers[layer] = parts
+    return replace(statistics, layers=layers)
+
+
+def _by_neuron(expert_P: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of gate_proj, up_proj and down_proj, each with a neuron a row: [I, H]."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    gate_IH, up_IH = expert_P[: 2 * inner * hidden].view(2, inner, hidden)
+    return gate_IH, up_IH, expert_P[2 * inner * hidden :].view(hidden, inner).T
