@@ -170,12 +170,14 @@ def _experts_bytes(manifest: Manifest, dtype: torch.dtype) -> tuple[int, int]:
 def _check_host(source: WeightSource, host_bytes: int, num_variants: int) -> None:
     """What cold variants are copied from must fit host memory, with the ring they load through."""
     available = available_bytes(torch.device("cpu"))
-    needed = host_bytes + RING_BYTES + RESERVE_BYTES["cpu"]
+    constant = RING_BYTES + RESERVE_BYTES["cpu"]
+    needed = host_bytes + constant
     if needed > available:
+        fit = max(0, available - constant) * num_variants // host_bytes
         raise ResourceError(
             f"{source.root}: needs {needed / 1e9:.1f} GB of host memory for the copies of "
-            f"{num_variants} variants, {available / 1e9:.1f} GB are free; --resident "
-            f"{num_variants} needs none, fewer variants need less"
+            f"{num_variants} variants, {available / 1e9:.1f} GB are free; those of {fit} would "
+            f"fit, --resident {num_variants} needs none"
         )
 
 

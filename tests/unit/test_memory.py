@@ -192,9 +192,10 @@ def test_host_copies_must_fit_the_host(source: Pack, monkeypatch: pytest.MonkeyP
     needed = plan(source, num_slots=1, device=cuda).host_bytes + RING_BYTES + RESERVE_BYTES["cpu"]
     free_bytes["cpu"] = needed
     plan(source, num_slots=1, device=cuda)
-    free_bytes["cpu"] = needed - 1
-    with pytest.raises(ResourceError, match=r"GB of host memory for the copies of 3 variants.*"):
-        plan(source, num_slots=1, device=cuda)
+    for short, fit in ((needed - 1, 2), (0, 0)):
+        free_bytes["cpu"] = short
+        with pytest.raises(ResourceError, match=rf"copies of 3 variants.* of {fit} would fit"):
+            plan(source, num_slots=1, device=cuda)
     plan(source, num_slots=NUM_VARIANTS, device=cuda)
 
 
