@@ -89,7 +89,7 @@ def measure(
     graphs.run(spans)
     torch.cuda.synchronize()
     experts, per_layer = expert_bytes(engine, graphs)
-    step_s = median_s(lambda: graphs.run(spans), repeats=20)
+    step_s = median_s(lambda: graphs.run_on(batch), repeats=20)
     token_bytes = KVCache.block_bytes(config, engine.dtype) // BLOCK_TOKENS
     num_bytes = experts + variants * dense_bytes(engine) + batch * context * token_bytes
     roofline_s = num_bytes / bandwidth

@@ -9,7 +9,6 @@ Run: python benchmarks/kernels.py
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 

@@ -26,7 +26,8 @@ from moeruntime.kernels.norms import FaceLists
 from moeruntime.kernels.projections import Shape, project, tile_rows
 from moeruntime.kv_cache import blocks_for
 from moeruntime.models.batch import Span, token_groups
-from moeruntime.models.fused import FusedDecoder, down, gate_up
+from moeruntime.models.experts import DensePool
+from moeruntime.models.fused import FusedDecoder, down, expert_dtype, gate_up
 
 __all__ = ["BATCH_SIZES", "DecodeGraphs"]
 
@@ -50,16 +51,44 @@ class Shapes:
         if exact:
             one = Shape(rows=32, step=32, tokens=16, stages=2)
             return cls(one, one, one, one, one)
-        tokens = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-        # Mixtral sends a quarter of the tokens to each expert.
-        pairs = 16 if num_rows <= 32 else 32 if num_rows <= 64 else 64
-        return cls(
-            qkv=Shape(rows=16 if num_rows <= 16 else 64, step=128, tokens=tokens),
-            o=Shape(rows=16 if num_rows <= 16 else 64, step=128, tokens=tokens, parts=2),
-            gate_up=Shape(rows=16 if num_rows <= 2 else 64, step=128, tokens=pairs, stages=3),
-            down=Shape(rows=32 if num_rows <= 2 else 64, step=128, tokens=pairs, parts=4, stages=4),
-            head=Shape(rows=64, step=128, tokens=tokens),
-        )
+        for most, shapes in _MEASURED.items():
+            if num_rows <= most:
+                return shapes
+        return shapes
+
+
+_SMALL = Shapes(
+    qkv=Shape(rows=32, step=128, tokens=16, stages=6),
+    o=Shape(rows=32, step=256, tokens=16, parts=2),
+    gate_up=Shape(rows=64, step=128, tokens=16, stages=3),
+    down=Shape(rows=128, step=128, tokens=16, parts=4, stages=3),
+    head=Shape(rows=64, step=128, tokens=16),
+)
+_MEASURED = {
+    16: _SMALL,
+    32: Shapes(
+        qkv=Shape(rows=64, step=128, tokens=32),
+        o=Shape(rows=64, step=128, tokens=32, parts=2),
+        gate_up=_SMALL.gate_up,
+        down=Shape(rows=64, step=128, tokens=16, parts=2),
+        head=Shape(rows=64, step=128, tokens=32),
+    ),
+    64: Shapes(
+        qkv=Shape(rows=64, step=128, tokens=64),
+        o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        gate_up=Shape(rows=32, step=128, tokens=32),
+        down=Shape(rows=64, step=128, tokens=32, parts=2),
+        head=Shape(rows=64, step=128, tokens=64),
+    ),
+    256: Shapes(
+        qkv=Shape(rows=64, step=128, tokens=64),
+        o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        gate_up=Shape(rows=64, step=64, tokens=64),
+        down=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        head=Shape(rows=64, step=128, tokens=64),
+    ),
+}
+"""Rows of a step -> the best found by benchmarks/kernels.py."""
 
 
 class DecodeGraphs:
@@ -98,7 +127,10 @@ class DecodeGraphs:
         self.qkv = empty(rows, heads * config.head_dim)
         self.attended = empty(rows, config.num_heads * config.head_dim)
         self.o_parts = empty(rows * max_parts * config.hidden_size, of=torch.float32)
-        self.inner = empty(pairs, config.intermediate_size)
+        # Layers differ in whether their experts take float16: each kind has its own.
+        kinds = {expert_dtype(pool, dtype) for pool in model.pools}
+        self.routed = {kind: empty(rows, config.hidden_size, of=kind) for kind in kinds}
+        self.inner = {kind: empty(pairs, config.intermediate_size, of=kind) for kind in kinds}
         self.down_parts = empty(pairs * max_down * config.hidden_size, of=torch.float32)
         self.logits = empty(rows, config.vocab_size, of=torch.float32)
         self.tokens = empty(rows, of=torch.int64)
@@ -145,7 +177,6 @@ class DecodeGraphs:
             return flat[: rows * parts * hidden].view(rows, parts, hidden)
 
         o_parts = cut(self.o_parts, size, shapes.o.parts)
-        down_parts = cut(self.down_parts, pairs, shapes.down.parts)
         scratch = self._scratch(size)
         self.lists.reset()
         residual.copy_(weights["embed_tokens"][slot_T, token_T])
@@ -175,6 +206,8 @@ class DecodeGraphs:
             )
             o_proj = weights[layer_role(layer, "o_proj")]
             project(attended, o_proj, tiles_3N, shapes.o, out=o_parts)
+            pool, kind = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
+            routed, inner = self.routed[kind][:size], self.inner[kind][:pairs]
             norms.route(
                 residual,
                 o_parts,
@@ -186,12 +219,14 @@ class DecodeGraphs:
                 self.lists,
                 layer,
                 config.rms_norm_eps,
-                out_TH=normed,
+                out_TH=routed,
             )
-            pool, inner = model.pools[layer], self.inner[:pairs]
-            gate_up(pool, normed, self.lists, layer, shapes.gate_up, inner)
-            down(pool, inner, self.lists, layer, shapes.down, down_parts)
-            parts = down_parts.view(size, config.top_k * shapes.down.parts, hidden)
+            gate_up(pool, routed, self.lists, layer, shapes.gate_up, inner)
+            # Coded experts come in one part.
+            num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
+            found = cut(self.down_parts, pairs, num_parts)
+            down(pool, inner, self.lists, layer, shapes.down, found)
+            parts = found.view(size, config.top_k * num_parts, hidden)
         norms.add_norm(
             residual, parts, weights["final_norm"], slot_T, config.rms_norm_eps, out_TH=normed
         )

@@ -11,6 +11,7 @@ L layers, E logical experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,17 @@ from torch import Tensor
 
 from moeruntime.families import ModelConfig
 from moeruntime.families.base import layer_role
-from moeruntime.kernels import TokenGroup, attention, experts, grouped_linear, nested, norms
+from moeruntime.kernels import (
+    TokenGroup,
+    attention,
+    experts,
+    grouped_linear,
+    nested,
+    nested_fast,
+    norms,
+)
 from moeruntime.kernels.nested import FacePart
+from moeruntime.kernels.nested_fast import FastPart, is_fast
 from moeruntime.kernels.norms import FaceLists
 from moeruntime.kernels.projections import Shape
 from moeruntime.kv_cache import KVCache
@@ -52,7 +62,7 @@ class FusedDecoder:
         self.cache = cache
         # Faces are addresses of private codes: the pools that own them have to live on.
         self._owners = experts
-        self.pools = [_kernel_pool(pool) for pool in experts]
+        self.pools = [_kernel_pool(pool, self.head.dtype) for pool in experts]
         device = faces_VLE.device
         cos, sin = rotary_tables(
             torch.arange(config.max_context, device=device),
@@ -155,6 +165,7 @@ class FusedDecoder:
             rows_MH, row_TK = _library_experts(x_TH, faces_TK, pool)
             return rows_MH, row_TK, weights_TK
         lists = FaceLists.of(faces_TK, weights_TK, num_faces(pool))
+        x_TH = x_TH.to(expert_dtype(pool, x_TH.dtype))
         inner_MI = x_TH.new_empty(faces_TK.numel(), self.config.intermediate_size)
         out_MSH = torch.empty(
             faces_TK.numel(), 1, x_TH.shape[1], dtype=torch.float32, device=x_TH.device
@@ -164,12 +175,25 @@ class FusedDecoder:
         return out_MSH.view(*faces_TK.shape, -1), None, None
 
 
-KernelPool = DensePool | tuple[FacePart, FacePart]
+@dataclass(frozen=True, slots=True)
+class CodedPool:
+    """A nested pool as the kernels read it: gate_up and down; of both kinds or of neither, fast."""
+
+    parts: tuple[FacePart, FacePart]
+    fast: tuple[FastPart, FastPart] | None
+
+
+KernelPool = DensePool | CodedPool
 
 
 def num_faces(pool: KernelPool) -> int:
     """Distinct experts of a layer."""
-    return pool.num_faces if isinstance(pool, DensePool) else len(pool[0].faces_F6)
+    return pool.num_faces if isinstance(pool, DensePool) else len(pool.parts[0].faces_F6)
+
+
+def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
+    """What the inputs of a pool's kernels are, where everything else computes in `dtype`."""
+    return torch.float16 if isinstance(pool, CodedPool) and pool.fast else dtype
 
 
 def gate_up(
@@ -178,8 +202,10 @@ def gate_up(
     """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
     if isinstance(pool, DensePool):
         experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
+    elif pool.fast:
+        nested_fast.gate_up(x_TH, pool.fast[0], lists, layer, out_MI=out_MI)
     else:
-        nested.gate_up(x_TH, pool[0], lists, layer, shape, out_MI=out_MI)
+        nested.gate_up(x_TH, pool.parts[0], lists, layer, shape, out_MI=out_MI)
 
 
 def down(
@@ -188,17 +214,25 @@ def down(
     """down_proj of every pair, times its routing weight, however the experts are stored."""
     if isinstance(pool, DensePool):
         experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
+    elif pool.fast:
+        nested_fast.down(x_MI, pool.fast[1], lists, layer, out_MSH=out_MSH)
     else:
-        nested.down(x_MI, pool[1], lists, layer, shape, out_MSH=out_MSH)
+        nested.down(x_MI, pool.parts[1], lists, layer, shape, out_MSH=out_MSH)
 
 
-def _kernel_pool(pool: ExpertPool) -> KernelPool:
-    """A pool as the kernels read it."""
+def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
+    """A pool as the kernels read it; float32 asks for the plain ones."""
     if isinstance(pool, DensePool):
         return pool
     assert isinstance(pool, NestedPool)
     gate_up, down = (_face_part(pool, idx) for idx in (0, 1))
-    return gate_up, down
+    fast: list[FastPart] = []
+    for idx, part in enumerate((gate_up, down)):
+        codes = [face.private[idx][1] for face in pool.faces]
+        shape = (part.num_rows, part.num_columns)
+        if dtype != torch.float32 and is_fast(pool.parts[idx].code, shape, codes):
+            fast += filter(None, [FastPart.of(part)])
+    return CodedPool((gate_up, down), (fast[0], fast[1]) if len(fast) == 2 else None)
 
 
 def _face_part(pool: NestedPool, idx: int) -> FacePart:

@@ -1,0 +1,124 @@
+"""CUDA C++ compiled when it is needed, by the compiler library that torch ships.
+
+For what Triton cannot express: which lane holds which operand of a matrix product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeruntime.errors import ResourceError
+
+__all__ = ["Kernel", "compile_kernel"]
+
+
+class Kernel:
+    """A function on the device, launched on the current stream; captured like any other launch."""
+
+    def __init__(self, handle: ctypes.c_void_p) -> None:
+        """Wrap what the driver calls a function."""
+        self._handle = handle
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        num_threads: int,
+        arguments: Sequence[Tensor | int],
+        *,
+        shared_bytes: int,
+    ) -> None:
+        """Launch; tensors go as pointers, integers as 32 bits."""
+        values = [
+            ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one)
+            for one in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(
+            *(ctypes.cast(ctypes.pointer(one), ctypes.c_void_p) for one in values)
+        )
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check_driver(
+            _driver().cuLaunchKernel(
+                self._handle, *grid, num_threads, 1, 1, shared_bytes, stream, pointers, None
+            )
+        )
+
+
+@cache
+def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    """Compile a file's kernel for the current device.
+
+    Args:
+        path: CUDA C++ that includes nothing.
+        name: an `extern "C"` kernel in it.
+        defines: macros.
+
+    Raises:
+        ResourceError: there is no compiler library, or it refuses the file.
+    """
+    image = _compile(path, dict(defines), torch.cuda.get_device_capability())
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    torch.cuda.current_stream()  # makes sure that the device's context is current
+    _check_driver(_driver().cuModuleLoadData(ctypes.byref(module), image))
+    _check_driver(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    return Kernel(function)
+
+
+def _compile(path: Path, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    library = _nvrtc()
+    program = ctypes.c_void_p()
+    library.nvrtcCreateProgram(
+        ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None
+    )
+    flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    flags += [f"-D{name}={value}" for name, value in defines.items()]
+    array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+    status = library.nvrtcCompileProgram(program, len(flags), array)
+    size = ctypes.c_size_t()
+    if status:
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        raise ResourceError(f"{path.name} does not compile here: {log.value.decode()[:300]}")
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    image = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, image)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return image.raw
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library beside torch, or one that the system finds."""
+    major = str(torch.version.cuda).partition(".")[0]
+    name = f"libnvrtc.so.{major}"
+    beside = [
+        file
+        for place in sys.path
+        for file in sorted(Path(place).glob(f"nvidia/*/lib/{name}"))
+        if place
+    ]
+    for candidate in (*map(str, beside), name):
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    raise ResourceError(f"{name} is missing, which torch {torch.__version__} usually brings along")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check_driver(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"CUDA driver: {(text.value or b'unknown').decode()}")

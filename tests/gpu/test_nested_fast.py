@@ -1,0 +1,114 @@
+"""The fast kernel for nested experts against decoding first, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
+
+if torch.cuda.is_available():
+    from moeruntime.kernels import nested_fast
+    from moeruntime.kernels.nested import FacePart
+    from moeruntime.kernels.nested_fast import FastPart, is_fast
+    from moeruntime.kernels.norms import FaceLists
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+CODE = NestedCode(4, 128)
+HIDDEN, INNER, SLOTS, TOP_K = 2048, 4096, 3, 2
+# (slot, code) of every face: what an allocator may mix, with and without three bits.
+MIXED = [
+    (0, PrivateCode(0, 0)),
+    (0, PrivateCode(1, 6)),
+    (0, PrivateCode(2, 3)),
+    (0, PrivateCode(4, 1)),
+    (0, PrivateCode(2, 4)),
+    (1, PrivateCode(1, 4)),
+    (2, PrivateCode(2, 2)),
+    (2, PrivateCode(2, 2)),
+]
+THREES = [
+    (0, PrivateCode(3, 2)),
+    (0, PrivateCode(3, 1)),
+    (1, PrivateCode(3, 2)),
+    (2, PrivateCode(2, 3)),
+]
+ALONE = [(slot, PrivateCode(2, 2)) for slot in range(SLOTS)]
+
+
+def make_part(
+    rows: int, columns: int, faces: list[tuple[int, PrivateCode]], seed: int
+) -> tuple[FacePart, Tensor, list[Tensor]]:
+    """Random codes; what they decode to [F, R, C]; and the tensors that must stay alive."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def codes(bits: int, *shape: int) -> Tensor:
+        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+
+    shared = codes(4, SLOTS, rows, columns)
+    scale = torch.rand(SLOTS, rows, scale_columns(columns, 128), generator=generator) * 0.001
+    scale = (scale + 0.0005).bfloat16()
+    planes = torch.stack([pack_planes(one, 4)[4] for one in shared]).view(torch.int16).cuda()
+    decoded, table, alive = [], [], []
+    for slot, code in faces:
+        private = codes(code.bits, rows, columns) if code.bits else None
+        at = {4: 0, 2: 0, 1: 0}
+        for width, plane in (
+            pack_planes(private, code.bits) if private is not None else {}
+        ).items():
+            alive.append(plane.view(torch.int16).cuda())
+            at[width] = alive[-1].data_ptr()
+        table.append([slot, code.bits, code.step, at[4], at[2], at[1]])
+        decoded.append(decode(shared[slot], scale[slot], CODE, private, code))
+    part = FacePart(
+        rows, columns, 4, 128, {4: planes}, scale.cuda(), torch.tensor(table, device="cuda")
+    )
+    return part, torch.stack(decoded).cuda(), alive
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 40, 150, 700])
+@pytest.mark.parametrize("faces", [MIXED, THREES, ALONE], ids=["mixed", "threes", "alone"])
+def test_every_pair_is_what_decoding_first_gives(
+    faces: list[tuple[int, PrivateCode]], num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    for rows, columns in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+        assert is_fast(CODE, (rows, columns), [code for _, code in faces])
+    gate_up, gate_up_FRC, _alive = make_part(2 * INNER, HIDDEN, faces, 1)
+    down, down_FRC, _alive_too = make_part(HIDDEN, INNER, faces, 2)
+    fast_gate_up, fast_down = FastPart.of(gate_up), FastPart.of(down)
+    assert fast_gate_up is not None and fast_down is not None
+    chosen_TK = torch.rand(num_tokens, len(faces), device="cuda").topk(TOP_K, dim=-1).indices
+    weights_TK = torch.rand(num_tokens, TOP_K, device="cuda")
+    lists = FaceLists.of(chosen_TK, weights_TK, len(faces))
+    x_TH = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.float16)
+    pairs = num_tokens * TOP_K
+    inner = torch.full((pairs, INNER), torch.nan, device="cuda", dtype=torch.float16)
+    out = torch.full((pairs, 1, HIDDEN), torch.nan, device="cuda")
+    nested_fast.gate_up(x_TH, fast_gate_up, lists, 0, out_MI=inner)
+    nested_fast.down(inner, fast_down, lists, 0, out_MSH=out)
+    for face in range(len(faces)):
+        mine = (chosen_TK.flatten() == face).nonzero()[:, 0]
+        if not len(mine):
+            continue
+        both = x_TH[mine // TOP_K].float() @ gate_up_FRC[face].T
+        expected = F.silu(both[:, :INNER]) * both[:, INNER:]
+        assert error(inner[mine], expected) <= 1e-3
+        expected = inner[mine].float() @ down_FRC[face].T * weights_TK.flatten()[mine, None]
+        assert error(out[mine, 0], expected) <= 1e-3
+
+
+def test_codes_whose_constants_round_are_refused() -> None:
+    assert not is_fast(CODE, (4096, 2048), [PrivateCode(2, 20)])
+    assert not is_fast(CODE, (4096, 1024), [PrivateCode(2, 2)])
+    assert not is_fast(NestedCode(5, 128), (4096, 2048), [PrivateCode(1, 1)])
