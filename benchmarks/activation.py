@@ -5,7 +5,7 @@ copied from pinned host memory: its bytes over the measured bandwidth are the fl
 in the order of the layers beside the prompt, so a long prompt should hide it. The published way
 moves unpinned tensors out with .to("cpu") and in with .to("cuda"), one by one, and is measured too.
 
-Run: python benchmarks/activation.py --synthetic mixtral-8x7b [--prompts 128 1024] [--kept-layers 0]
+Run: python benchmarks/activation.py --synthetic mixtral-8x7b [--prompts 128 1024] [--kept-layers 4]
      python benchmarks/activation.py --artifact PACK
 Prompts are random tokens, new ones each time. Two variants are resident, the others cold.
 """
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--kept-layers", type=int, default=0)
+    parser.add_argument("--kept-layers", type=int, default=None, help="default: the engine's")
     parser.add_argument("--repeats", type=int, default=10)
     arguments = parser.parse_args()
     source = opened(arguments)
@@ -161,7 +161,10 @@ def main() -> None:
         kept_layers=arguments.kept_layers,
     ) as engine:
         ttft = {count: measure(engine, count, arguments.repeats) for count in arguments.prompts}
-        extra = {"activation_mb": engine.residency.activation_bytes / 1e6}
+        extra = {
+            "kept_layers": float(engine.memory.kept_layers),
+            "activation_mb": engine.residency.activation_bytes / 1e6,
+        }
         if engine.device.type == "cuda":
             extra["copy_floor_ms"], extra["pinned_gb_per_s"] = copy_floor_ms(engine)
             extra["published_ms"] = published_ms(engine, min(3, arguments.repeats))
@@ -175,7 +178,6 @@ def main() -> None:
             "benchmark": "activation",
             "source": str(source.root),
             "device": name,
-            "kept_layers": arguments.kept_layers,
             "ttft_ms": {str(count): row for count, row in ttft.items()},
             **extra,
         }

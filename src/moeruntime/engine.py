@@ -55,7 +55,7 @@ class EngineOptions(TypedDict, total=False):
     max_sequences: int
     max_step_tokens: int
     cache_bytes: int | None
-    kept_layers: int
+    kept_layers: int | None
     prefix_cache: bool
     on_progress: Callable[[str], None] | None
 
@@ -84,7 +84,7 @@ class Engine:
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
         cache_bytes: int | None = None,
-        kept_layers: int = 0,
+        kept_layers: int | None = None,
         prefix_cache: bool = True,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -101,8 +101,8 @@ class Engine:
             cache_bytes: size of the key-value cache; None chooses one that fits.
             kept_layers: first layers of which every variant's weights stay on the device although
                 not all variants are resident; a prompt can begin on them while the others are
-                copied. Pays where cold variants get short prompts; costs what a layer's own
-                weights take, times the variants.
+                copied. Costs what a layer's own weights take, times the variants, and before the
+                first one the embedding's. None keeps one layer on a GPU where that is cheap.
             prefix_cache: reuse keys and values of requests of the same variant that began alike.
             on_progress: called with a line for each part loaded.
 
@@ -121,7 +121,7 @@ class Engine:
             )
         if cache_bytes is not None and cache_bytes < 1:
             raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
-        if not 0 <= kept_layers <= manifest.config.num_layers:
+        if kept_layers is not None and not 0 <= kept_layers <= manifest.config.num_layers:
             raise UsageError(
                 f"kept_layers is {kept_layers}, outside 0..{manifest.config.num_layers}"
             )
@@ -146,7 +146,7 @@ class Engine:
                 min(resident, num_variants),
                 self.dtype,
                 loader,
-                kept_layers=kept_layers,
+                kept_layers=self.memory.kept_layers,
                 on_variant=lambda name: say(f"variant {name}"),
             )
             for layer in range(manifest.config.num_layers):

@@ -13,7 +13,7 @@ from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
 from moeruntime.models import parameter_roles
-from moeruntime.pack import WeightSource
+from moeruntime.pack import Manifest, WeightSource
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
@@ -21,6 +21,9 @@ __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 # Nested experts are decoded when tokens come; so much of what was decoded lately is kept.
 DECODED_BYTES = 256 * 2**20
+# Unless told otherwise, the first layer of every variant stays on a GPU where all of them together
+# take at most this part of what the weights leave free: a prompt can begin at once then.
+KEPT_SHARE = 0.05
 # Without an explicit size the cache takes at most this part of what is left.
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9}
 
@@ -38,6 +41,7 @@ class MemoryPlan:
         cache_bytes: keys and values.
         host_bytes: host copies of the variants' own tensors; 0 when all are resident.
         num_blocks: cache blocks that cache_bytes buys.
+        kept_layers: first layers that kept_bytes are of.
     """
 
     experts_bytes: int
@@ -48,6 +52,7 @@ class MemoryPlan:
     cache_bytes: int
     host_bytes: int
     num_blocks: int
+    kept_layers: int
 
     @property
     def weights_bytes(self) -> int:
@@ -75,7 +80,7 @@ def plan_memory(
     device: torch.device,
     max_sequences: int,
     cache_bytes: int | None,
-    kept_layers: int = 0,
+    kept_layers: int | None,
 ) -> MemoryPlan:
     """Predict what an engine takes and check that it is there.
 
@@ -86,7 +91,8 @@ def plan_memory(
         device: where they go.
         max_sequences: sequences the cache should hold at full context, if it can.
         cache_bytes: the cache's size; None chooses one.
-        kept_layers: first layers of which every variant's copy stays on the device.
+        kept_layers: first layers of which every variant's copy stays on the device; None keeps
+            one where that is cheap.
 
     Raises:
         ResourceError: it does not fit; says what is missing and what would help.
@@ -103,23 +109,23 @@ def plan_memory(
     private_bytes = sum(stage_bytes)
     num_variants = len(manifest.variants)
     all_resident = num_slots >= num_variants
-    kept_each = sum(stage_bytes[: kept_layers + 1]) if kept_layers and not all_resident else 0
-    kept_bytes = num_variants * kept_each
-    if manifest.nested is None:
-        experts_bytes = sum(manifest.num_slots) * config.expert_numel * dtype.itemsize
-        decoded_bytes = 0
-    else:
-        experts_bytes = manifest.coded_bytes()
-        num_faces = sum(len(manifest.faces(layer)[0]) for layer in range(config.num_layers))
-        decoded_bytes = min(DECODED_BYTES, num_faces * config.expert_numel * dtype.itemsize)
+    experts_bytes, decoded_bytes = _experts_bytes(manifest, dtype)
     weights_bytes = experts_bytes + decoded_bytes + shared_bytes + num_slots * private_bytes
-    weights_bytes += kept_bytes
-    host_bytes = 0 if all_resident else num_variants * (private_bytes - kept_each)
 
     kind = device.type
+    available = available_bytes(device)
+    if kept_layers is None:
+        left = available - weights_bytes - RESERVE_BYTES[kind]
+        cheap = num_variants * sum(stage_bytes[:2]) <= KEPT_SHARE * left
+        kept_layers = int(kind == "cuda" and cheap)
+    if all_resident:
+        kept_layers = 0
+    kept_each = sum(stage_bytes[: kept_layers + 1]) if kept_layers else 0
+    kept_bytes = num_variants * kept_each
+    weights_bytes += kept_bytes
+    host_bytes = 0 if all_resident else num_variants * (private_bytes - kept_each)
     if kind == "cuda" and host_bytes:
         _check_host(source, host_bytes, num_variants)
-    available = available_bytes(device)
     block_bytes = KVCache.block_bytes(config, dtype)
     left = available - weights_bytes - RESERVE_BYTES[kind] - (host_bytes if kind == "cpu" else 0)
     if cache_bytes is None:
@@ -147,18 +153,31 @@ def plan_memory(
         cache_bytes=num_blocks * block_bytes,
         host_bytes=host_bytes,
         num_blocks=num_blocks,
+        kept_layers=kept_layers,
     )
+
+
+def _experts_bytes(manifest: Manifest, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of all experts as they are stored, and of those kept decoded."""
+    one = manifest.config.expert_numel * dtype.itemsize
+    if manifest.nested is None:
+        return sum(manifest.num_slots) * one, 0
+    layers = range(manifest.config.num_layers)
+    num_faces = sum(len(manifest.faces(layer)[0]) for layer in layers)
+    return manifest.coded_bytes(), min(DECODED_BYTES, num_faces * one)
 
 
 def _check_host(source: WeightSource, host_bytes: int, num_variants: int) -> None:
     """What cold variants are copied from must fit host memory, with the ring they load through."""
     available = available_bytes(torch.device("cpu"))
-    needed = host_bytes + RING_BYTES + RESERVE_BYTES["cpu"]
+    constant = RING_BYTES + RESERVE_BYTES["cpu"]
+    needed = host_bytes + constant
     if needed > available:
+        fit = max(0, available - constant) * num_variants // host_bytes
         raise ResourceError(
             f"{source.root}: needs {needed / 1e9:.1f} GB of host memory for the copies of "
-            f"{num_variants} variants, {available / 1e9:.1f} GB are free; --resident "
-            f"{num_variants} needs none, fewer variants need less"
+            f"{num_variants} variants, {available / 1e9:.1f} GB are free; those of {fit} would "
+            f"fit, --resident {num_variants} needs none"
         )
 
 

@@ -76,32 +76,30 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
-        """Run a step; its sequences' `num_cached` moves on at once."""
+        """Run a step; its sequences' `num_cached` moves on once it is launched."""
         # The kernels want each variant's tokens side by side.
         chunks = sorted(chunks, key=lambda chunk: self._residency.slot(chunk.sequence.variant))
         variants = {chunk.sequence.variant for chunk in chunks}
         spans = [self._span_of(chunk) for chunk in chunks]
-        for chunk in chunks:
-            chunk.sequence.num_cached += chunk.num_tokens
-        sequences = [c.sequence for c in chunks if c.sequence.num_pending == 0]
+        # Those whose prompts end here, or that decode, get a token.
+        last = [chunk.num_tokens == chunk.sequence.num_pending for chunk in chunks]
+        sequences = [c.sequence for c, is_last in zip(chunks, last, strict=True) if is_last]
         if self._graphs is not None and all(len(span.token_ids) == 1 for span in spans):
             # Every chunk is a decode, or the last token of a prompt: all of them go on.
             repeats = len(sequences) == len(chunks)
             for variant in variants:
                 self._residency.wait_for(variant)
             logits_TV, tokens_T = self._graphs.run(spans)
+            _move_on(chunks)
             if not repeats:
-                rows = [row for row, c in enumerate(chunks) if c.sequence.num_pending == 0]
+                rows = [row for row, is_last in enumerate(last) if is_last]
                 picked = torch.tensor(rows, device=self._device)
                 logits_TV, tokens_T = logits_TV[picked], tokens_T[picked]
             return self._choose(sequences, logits_TV, tokens_T, repeats)
         batch = Batch.build(spans, self._device)
         hidden_TH = self.model.forward(batch, self._residency.gate(variants))
-        rows = [
-            row
-            for row, chunk in zip(batch.last_rows, chunks, strict=True)
-            if chunk.sequence.num_pending == 0
-        ]
+        _move_on(chunks)
+        rows = [row for row, is_last in zip(batch.last_rows, last, strict=True) if is_last]
         if not rows:
             return Launched((), False, torch.empty(0), None)
         groups = token_groups([self._residency.slot(s.variant) for s in sequences])
@@ -113,9 +111,9 @@ class Runner:
     def launch_next(self, launched: Launched) -> Launched:
         """Run the step after `launched`, whose tokens nobody has seen yet."""
         assert launched.repeats and self._graphs is not None
+        logits_TV, tokens_T = self._graphs.run_on(len(launched.sequences))
         for sequence in launched.sequences:
             sequence.num_cached += 1
-        logits_TV, tokens_T = self._graphs.run_on(len(launched.sequences))
         return self._choose(launched.sequences, logits_TV, tokens_T, repeats=True)
 
     def _span_of(self, chunk: Chunk) -> Span:
@@ -144,3 +142,9 @@ class Runner:
         tokens.copy_(tokens_N, non_blocking=True)
         arrived.record(torch.cuda.current_stream(self._device))
         return Launched(sequences, repeats, tokens, arrived)
+
+
+def _move_on(chunks: Sequence[Chunk]) -> None:
+    """Not before the model was launched: what failed is not in the cache and must not be shared."""
+    for chunk in chunks:
+        chunk.sequence.num_cached += chunk.num_tokens

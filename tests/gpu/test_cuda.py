@@ -250,6 +250,44 @@ def test_layers_arrive_one_by_one_in_the_order_of_a_step(lossless_pack: Path) ->
                 assert torch.equal(seen[name].cpu(), stored.float()), name
 
 
+@pytest.mark.parametrize("kept_layers", [0, 2])
+def test_a_prompt_runs_behind_the_copy_of_its_own_weights(
+    on_cuda: Engine, lossless_pack: Path, kept_layers: int
+) -> None:
+    requests = make_requests(on_cuda, 3, seed=8)
+    expected = [on_cuda.generate([request])[0] for request in requests]
+    with Engine.from_pack(
+        lossless_pack, device="cuda", dtype="float32", resident=1, kept_layers=kept_layers
+    ) as engine:
+        stream = engine.residency._stream
+        assert stream is not None
+        outputs = []
+        for request in requests:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(SLEEP_CYCLES // 10)  # type: ignore[no-untyped-call]
+            outputs += engine.generate([request])
+        assert engine.residency.num_activations > len(VARIANTS)
+    assert_same_outputs(outputs, expected, requests, on_cuda)
+
+
+def test_beginnings_in_common_change_nothing(on_cuda: Engine, lossless_pack: Path) -> None:
+    requests = make_requests(on_cuda, 4, seed=9)
+    longer = [
+        Request(r.variant, [*r.prompt, *output.token_ids], SamplingParams(max_tokens=8))
+        for r, output in zip(requests, on_cuda.generate(requests), strict=True)
+    ]
+    with Engine.from_pack(
+        lossless_pack, device="cuda", dtype="float32", prefix_cache=False
+    ) as engine:
+        expected = engine.generate(longer)
+        assert engine.scheduler.num_reused_tokens == 0
+    before = on_cuda.scheduler.num_reused_tokens
+    outputs = on_cuda.generate(longer)
+    assert on_cuda.scheduler.num_reused_tokens > before
+    assert_same_outputs(outputs, expected, longer, on_cuda)
+    assert on_cuda.num_free_blocks == on_cuda.memory.num_blocks
+
+
 def stage_of(parameter: str, num_layers: int) -> int:
     if parameter.startswith("layers."):
         return int(parameter.split(".")[1])

@@ -421,6 +421,23 @@ def test_how_many_are_resident_changes_nothing(engine: Engine, pack: Path, resid
     assert engine.residency.num_activations == 0
 
 
+def test_a_variant_is_activated_when_its_request_is_queued(pack: Path) -> None:
+    with Engine.from_pack(pack, device="cpu", resident=2, max_sequences=1) as engine:
+        first = engine.submit(Request("python", "x = ", SamplingParams(max_tokens=30)))
+        engine.step()
+        second = engine.submit(Request("math", [1, 2, 3]))
+        assert engine.residency.num_activations == 2, "although the batch is full"
+        engine.submit(Request("shell", [1, 2, 3], SamplingParams(max_tokens=2)))
+        assert engine.residency.num_activations == 2, "both slots are held"
+        engine.abort(second)
+        assert engine.residency.num_held == 1
+        engine.step()
+        assert engine.residency.num_activations == 3
+        engine.abort(first)
+        drain(engine)
+        assert_clean(engine)
+
+
 def test_more_resident_than_there_are_is_all(engine: Engine, pack: Path) -> None:
     with Engine.from_pack(pack, device="cpu", resident=99) as large:
         assert large.memory.weights_bytes == engine.memory.weights_bytes

@@ -47,6 +47,7 @@ def plan(source: Pack, **changes: Any) -> MemoryPlan:
         "device": torch.device("cpu"),
         "max_sequences": 4,
         "cache_bytes": None,
+        "kept_layers": 0,
     }
     return plan_memory(source, **(options | changes))
 
@@ -165,6 +166,25 @@ def test_keeping_first_layers_is_what_to_give_up_when_that_is_what_is_missing(
     plan(source, num_slots=2, device=cuda)
 
 
+def test_a_gpu_keeps_a_layer_where_that_is_cheap(source: Pack, free: Callable[[int], None]) -> None:
+    cuda = torch.device("cuda")
+    free(2**40)
+    nothing = plan(source, num_slots=1, device=cuda)
+    one = plan(source, num_slots=1, device=cuda, kept_layers=1)
+    assert nothing.kept_bytes == 0 < one.kept_bytes
+    assert nothing.host_bytes - one.host_bytes == one.kept_bytes
+    assert plan(source, num_slots=1, device=cuda, kept_layers=None) == one
+    taken = nothing.weights_bytes + RESERVE_BYTES["cuda"]
+    for left, expected in ((20 * one.kept_bytes, 1), (20 * one.kept_bytes - 1, 0)):
+        free(taken + left)
+        found = plan(source, num_slots=1, device=cuda, kept_layers=None, cache_bytes=1)
+        assert found.kept_layers == expected
+    free(2**40)
+    assert plan(source, num_slots=1, kept_layers=None).kept_layers == 0, "a CPU gains nothing"
+    assert plan(source, device=cuda, kept_layers=None).kept_layers == 0, "all are resident"
+    assert plan(source, device=cuda, kept_layers=2).kept_bytes == 0
+
+
 def test_host_copies_must_fit_the_host(source: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     free_bytes = {"cpu": 2**40, "cuda": 2**40}
@@ -172,9 +192,10 @@ def test_host_copies_must_fit_the_host(source: Pack, monkeypatch: pytest.MonkeyP
     needed = plan(source, num_slots=1, device=cuda).host_bytes + RING_BYTES + RESERVE_BYTES["cpu"]
     free_bytes["cpu"] = needed
     plan(source, num_slots=1, device=cuda)
-    free_bytes["cpu"] = needed - 1
-    with pytest.raises(ResourceError, match=r"GB of host memory for the copies of 3 variants.*"):
-        plan(source, num_slots=1, device=cuda)
+    for short, fit in ((needed - 1, 2), (0, 0)):
+        free_bytes["cpu"] = short
+        with pytest.raises(ResourceError, match=rf"copies of 3 variants.* of {fit} would fit"):
+            plan(source, num_slots=1, device=cuda)
     plan(source, num_slots=NUM_VARIANTS, device=cuda)
 
 

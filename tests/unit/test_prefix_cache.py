@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence as Items
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,3 +237,23 @@ def test_outputs_are_the_same_with_and_without() -> None:
             assert engine.num_free_blocks == engine.memory.num_blocks
     assert answers[0] == answers[1]
     assert Counter(len(output.token_ids) for output in answers[0]).total() == 80
+
+
+def test_a_step_that_failed_is_not_shared() -> None:
+    request = Request("v0", list(range(100)), SamplingParams(max_tokens=4))
+    with Engine(SyntheticSource("mixtral-tiny"), device="cpu", prefix_cache=False) as engine:
+        expected = engine.generate([request])
+    with Engine(SyntheticSource("mixtral-tiny"), device="cpu") as engine:
+        forward = engine.model.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.model, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate([request])
+        assert engine.model.forward == forward
+        assert engine.num_free_blocks == engine.memory.num_blocks
+        assert engine.generate([request]) == expected
+        assert engine.scheduler.num_reused_tokens == 0
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
