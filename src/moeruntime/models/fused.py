@@ -197,11 +197,17 @@ def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
 
 
 def gate_up(
-    pool: KernelPool, x_TH: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MI: Tensor
+    pool: KernelPool,
+    x_TH: Tensor,
+    lists: FaceLists,
+    layer: int,
+    shape: Shape,
+    out_MI: Tensor,
+    overlap: bool = False,
 ) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
+        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI, overlap=overlap)
     elif pool.fast:
         nested_fast.gate_up(x_TH, pool.fast[0], lists, layer, out_MI=out_MI)
     else:
@@ -209,11 +215,17 @@ def gate_up(
 
 
 def down(
-    pool: KernelPool, x_MI: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MSH: Tensor
+    pool: KernelPool,
+    x_MI: Tensor,
+    lists: FaceLists,
+    layer: int,
+    shape: Shape,
+    out_MSH: Tensor,
+    overlap: bool = False,
 ) -> None:
     """down_proj of every pair, times its routing weight, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
+        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH, overlap=overlap)
     elif pool.fast:
         nested_fast.down(x_MI, pool.fast[1], lists, layer, out_MSH=out_MSH)
     else:
