@@ -30,7 +30,7 @@ from moeconsolidate.report import summarise
 from moeruntime import Engine
 from moeruntime.codes import PrivateCode
 from moeruntime.families import ModelConfig
-from moeruntime.pack import Pack
+from moeruntime.pack import MadeTensor, Pack
 
 Open = Callable[[str], Engine]
 
@@ -72,9 +72,13 @@ INT4_FACTORS = tuple(0.5 + 0.025 * step for step in range(25))
 class Int4Source(CheckpointSource):
     """One checkpoint whose experts have been through 4 bits."""
 
-    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
-        super().read_slot(layer, part, slot, out=out)
-        out.copy_(through_int4(out.float()))
+    def slot(self, layer: int, part: str, slot: int) -> tuple[MadeTensor]:
+        stored = super().slot(layer, part, slot)
+
+        def fill(out: Tensor) -> None:
+            out.copy_(through_int4(torch.cat([piece.read() for piece in stored]).float()))
+
+        return (MadeTensor(stored[0].dtype, self.manifest.part_shape(part), fill),)
 
 
 def through_int4(weights_RC: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from moeconsolidate.shards import Shards
 from moeruntime.errors import CheckpointError
 from moeruntime.families import EXPERT_ROLES, FAMILIES, Family, ModelConfig
 from moeruntime.strict_json import Fields
-from moeruntime.tensorfile import TensorFile, dtype_name
+from moeruntime.tensorfile import FileTensor, TensorFile, dtype_name
 from moeruntime.text import parse_tokenizer
 
 __all__ = ["Checkpoint"]
@@ -46,11 +46,11 @@ class _Location:
     def __str__(self) -> str:
         return f"{self.file.path}: tensor {self.tensor}"
 
-    def read(self, out: Tensor) -> None:
+    @property
+    def stored(self) -> FileTensor:
         if self.row is None:
-            self.file.read(self.tensor, out=out)
-        else:
-            self.file.read_rows(self.tensor, self.row, self.row + 1, out=out)
+            return self.file.tensor(self.tensor)
+        return self.file.row(self.tensor, self.row)
 
 
 class Checkpoint:
@@ -126,11 +126,10 @@ class Checkpoint:
         start = 0
         for location in self._experts[layer][expert]:
             # A fused row holds gate_proj and up_proj in one piece, as `out` does.
-            entry = location.file.entries[location.tensor]
-            shape = entry.shape if location.row is None else entry.shape[1:]
-            stop = start + math.prod(shape)
+            stored = location.stored
+            stop = start + math.prod(stored.shape)
             with _reading(location):
-                location.read(out[start:stop])
+                stored.read_bytes(0, out[start:stop].view(torch.uint8))
             start = stop
         shapes = self.config.expert_shapes
         pieces = out.split([math.prod(shape) for shape in shapes.values()])
@@ -141,6 +140,14 @@ class Checkpoint:
         for role, digest in zip(shapes, digests, strict=True):
             self._digests[expert_role(layer, expert, role)] = digest
         return " ".join(digest.sha256 for digest in digests)
+
+    def expert(self, layer: int, expert: int) -> tuple[FileTensor, ...]:
+        """One expert, to be read later: gate_proj, up_proj (or both in one piece) and down_proj."""
+        return tuple(location.stored for location in self._experts[layer][expert])
+
+    def non_expert_dtype(self, role: str) -> torch.dtype:
+        """The stored dtype of a non-expert tensor."""
+        return self._non_expert[role].dtype
 
     def read_non_expert(self, role: str) -> Tensor:
         """Read one non-expert tensor, in its stored dtype and shape.

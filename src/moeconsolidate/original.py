@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeruntime.pack import Manifest, TensorRef, Variant
+from moeruntime.pack import MadeTensor, Manifest, StoredTensor, TensorRef, Variant
 from moeruntime.pack.manifest import variant_file
-from moeruntime.tensorfile import dtype_name
+from moeruntime.tensorfile import FileTensor, dtype_name
 
 __all__ = ["CheckpointSource"]
 
@@ -22,8 +21,6 @@ class CheckpointSource:
         """Take over an open checkpoint; `close` closes it."""
         self._checkpoint = checkpoint
         config, name = checkpoint.config, checkpoint.name
-        self._expert_P = torch.empty(config.expert_numel, dtype=checkpoint.expert_dtype)
-        self._in_memory: tuple[int, int] | None = None
         identity = tuple(range(config.num_experts))
         self.manifest = Manifest(
             family=checkpoint.family.model_type,
@@ -60,18 +57,29 @@ class CheckpointSource:
         """A side file of the checkpoint."""
         return self.root / file if file in self._checkpoint.side_files else None
 
-    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
-        """Read one part of one expert; parts of the same expert are read from disk once."""
-        if self._in_memory != (layer, slot):
-            self._checkpoint.read_expert(layer, slot, out=self._expert_P)
-            self._in_memory = (layer, slot)
-        num_weights = out.numel()
-        flat = self._expert_P[:num_weights] if part == "gate_up" else self._expert_P[-num_weights:]
-        out.copy_(flat.view(out.shape))
+    def slot(self, layer: int, part: str, slot: int) -> tuple[StoredTensor, ...]:
+        """One part of one expert: gate_up in one piece or two, down in one."""
+        *gate_up, down = self._checkpoint.expert(layer, slot)
+        return tuple(gate_up) if part == "gate_up" else (down,)
 
-    def read_non_expert(self, variant: str, role: str) -> Tensor:
-        """Read one non-expert tensor."""
-        return self._checkpoint.read_non_expert(role)
+    def shared_codes(self, layer: int, part: str) -> tuple[dict[int, FileTensor], FileTensor]:
+        """A checkpoint has no codes."""
+        raise AssertionError("not a nested pack")
+
+    def private_codes(
+        self, variant: str, layer: int, expert: int, part: str
+    ) -> dict[int, FileTensor]:
+        """A checkpoint has no codes."""
+        raise AssertionError("not a nested pack")
+
+    def non_expert(self, variant: str, role: str) -> MadeTensor:
+        """One non-expert tensor; the checkpoint checks it as it is read."""
+
+        def fill(out: Tensor) -> None:
+            out.copy_(self._checkpoint.read_non_expert(role))
+
+        dtype = self._checkpoint.non_expert_dtype(role)
+        return MadeTensor(dtype, self.manifest.config.non_expert_shapes()[role], fill)
 
     def close(self) -> None:
         """Close the checkpoint's files."""

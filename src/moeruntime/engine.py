@@ -7,12 +7,12 @@ them all together, the sampler chooses. Everything else here is admission and te
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -20,19 +20,23 @@ from torch import Tensor
 from moeruntime.errors import RequestError, ResourceError, UsageError
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
+from moeruntime.loader import Loader
 from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models import Batch, Decoder
-from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.experts import DecodedCache
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.prompts import Prompts
 from moeruntime.request import Delta, FinishReason, Output, Request
 from moeruntime.residency import Residency
-from moeruntime.sampler import sample
-from moeruntime.scheduler import Chunk, Scheduler
+from moeruntime.runner import Launched, Runner
+from moeruntime.scheduler import Scheduler
 from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
+
+if TYPE_CHECKING:
+    from moeruntime.models.decode_graph import DecodeGraphs
+    from moeruntime.models.fused import FusedDecoder
 
 __all__ = ["Engine", "EngineOptions"]
 
@@ -51,6 +55,8 @@ class EngineOptions(TypedDict, total=False):
     max_sequences: int
     max_step_tokens: int
     cache_bytes: int | None
+    kept_layers: int
+    prefix_cache: bool
     on_progress: Callable[[str], None] | None
 
 
@@ -78,6 +84,8 @@ class Engine:
         max_sequences: int = DEFAULT_MAX_SEQUENCES,
         max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
         cache_bytes: int | None = None,
+        kept_layers: int = 0,
+        prefix_cache: bool = True,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load everything.
@@ -91,6 +99,11 @@ class Engine:
             max_sequences: most requests in one step.
             max_step_tokens: most tokens in one step.
             cache_bytes: size of the key-value cache; None chooses one that fits.
+            kept_layers: first layers of which every variant's weights stay on the device although
+                not all variants are resident; a prompt can begin on them while the others are
+                copied. Pays where cold variants get short prompts; costs what a layer's own
+                weights take, times the variants.
+            prefix_cache: reuse keys and values of requests of the same variant that began alike.
             on_progress: called with a line for each part loaded.
 
         Raises:
@@ -108,6 +121,10 @@ class Engine:
             )
         if cache_bytes is not None and cache_bytes < 1:
             raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
+        if not 0 <= kept_layers <= manifest.config.num_layers:
+            raise UsageError(
+                f"kept_layers is {kept_layers}, outside 0..{manifest.config.num_layers}"
+            )
         self.source = source
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
@@ -118,20 +135,23 @@ class Engine:
             device=self.device,
             max_sequences=max_sequences,
             cache_bytes=cache_bytes,
+            kept_layers=kept_layers,
         )
         say = on_progress or (lambda line: None)
-        self.residency = Residency(
-            source,
-            min(resident, num_variants),
-            self.dtype,
-            self.device,
-            on_variant=lambda name: say(f"variant {name}"),
-        )
         decoded = DecodedCache(self.memory.decoded_bytes)
         experts = []
-        for layer in range(manifest.config.num_layers):
-            experts.append(load_experts(source, layer, self.dtype, self.device, decoded))
-            say(f"experts of layer {layer + 1}/{manifest.config.num_layers}")
+        with Loader(self.device) as loader:
+            self.residency = Residency(
+                source,
+                min(resident, num_variants),
+                self.dtype,
+                loader,
+                kept_layers=kept_layers,
+                on_variant=lambda name: say(f"variant {name}"),
+            )
+            for layer in range(manifest.config.num_layers):
+                experts.append(load_experts(source, layer, self.dtype, loader, decoded))
+                say(f"experts of layer {layer + 1}/{manifest.config.num_layers}")
         self._blocks = BlockPool(self.memory.num_blocks)
         cache = KVCache(manifest.config, self.memory.num_blocks, self.dtype, self.device)
         self._variant_idx = {name: idx for idx, name in enumerate(manifest.variant_names)}
@@ -140,16 +160,34 @@ class Engine:
             [[faces[name] for faces in faces_of] for name in manifest.variant_names],
             device=self.device,
         )
-        self.model = Decoder(manifest.config, self.residency.weights, experts, faces_VLE, cache)
+        parts = (manifest.config, self.residency.weights, experts, faces_VLE, cache)
+        self.graphs: DecodeGraphs | None = None
+        self.model: Decoder | FusedDecoder
+        if self.device.type == "cuda":
+            # Not before it is needed: this imports Triton, which a CPU build of torch lacks.
+            from moeruntime.models.decode_graph import DecodeGraphs
+            from moeruntime.models.fused import FusedDecoder
+
+            self.model = FusedDecoder(*parts)
+            self.graphs = DecodeGraphs(self.model, min(resident, num_variants), max_sequences)
+        else:
+            self.model = Decoder(*parts)
+        self._runner = Runner(
+            self.model, self.graphs, self.residency, self._variant_idx, self.device
+        )
+        self._ahead: Launched | None = None
         self.scheduler = Scheduler(
             self._blocks,
             self.residency,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
+            prefix_cache=prefix_cache,
         )
         self._max_step_tokens = max_step_tokens
         self._prompts = Prompts(source, self.memory.num_blocks)
         self._live: dict[int, _Live] = {}
+        # What `generate` and `stream` met that was not theirs, for whoever asks next.
+        self._kept: list[Delta] = []
         self._next_id = 0
 
     @classmethod
@@ -195,7 +233,8 @@ class Engine:
         Raises:
             RequestError: unknown variant, token ids outside the vocabulary, or a prompt that
                 leaves no room in the context or the cache.
-            TokenizerError: the variant cannot turn this prompt into tokens.
+            TokenizerError: the variant cannot turn this prompt into tokens, or its answer into
+                the text that stop strings are looked for in.
         """
         prompt_ids = self._prompts.encode(request)
         sampling = self._prompts.fit(request.sampling, len(prompt_ids))
@@ -204,7 +243,7 @@ class Engine:
         request_id = self._next_id
         self._next_id += 1
         sequence = TokenSequence(request_id, request.variant, prompt_ids, sampling)
-        stream = TextStream(self._prompts.text(request.variant).tokenizer, sampling.stop)
+        stream = self._prompts.text(request.variant).stream(sampling.stop)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)
         return request_id
@@ -214,31 +253,62 @@ class Engine:
         live = self._live.pop(request_id, None)
         if live is not None:
             self.scheduler.remove(live.sequence)
+        self._kept = [delta for delta in self._kept if delta.request_id != request_id]
 
     def step(self) -> list[Delta]:
-        """Run one step over everything that can run and return what it added."""
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
-        # The kernels want each variant's tokens side by side.
-        chunks.sort(key=lambda chunk: self.residency.slot(chunk.sequence.variant))
-        batch = self._build(chunks)
-        hidden_TH = self.model.forward(batch)
-        for chunk in chunks:
-            chunk.sequence.num_cached += chunk.num_tokens
-        rows = [
-            (row, chunk.sequence)
-            for row, chunk in zip(batch.last_rows, chunks, strict=True)
-            if chunk.sequence.num_pending == 0
+        """Run one step over everything that can run.
+
+        Returns:
+            What it added, after what `generate` or `stream` passed by since the last call.
+        """
+        deltas = self._kept + self._run()
+        self._kept = []
+        return deltas
+
+    def _step_for(self, request_ids: Container[int]) -> list[Delta]:
+        """What there is for some requests; runs a step if there is nothing yet."""
+        if not self._has_kept(request_ids):
+            self._kept += self._run()
+        mine = [delta for delta in self._kept if delta.request_id in request_ids]
+        self._kept = [delta for delta in self._kept if delta.request_id not in request_ids]
+        return mine
+
+    def _has_kept(self, request_ids: Container[int]) -> bool:
+        return any(delta.request_id in request_ids for delta in self._kept)
+
+    def _run(self) -> list[Delta]:
+        """Run one step and return what it added.
+
+        On a GPU, where the same sequences go on, the step after it is launched before its tokens
+        are looked at. A sequence that turns out to have ended leaves a token too many, in blocks
+        of its own, which nobody reads.
+        """
+        launched, self._ahead = self._ahead, None
+        if launched is None:
+            chunks = self.scheduler.schedule()
+            if not chunks:
+                return []
+            launched = self._runner.launch(chunks)
+        if self._goes_on(launched):
+            self._ahead = self._runner.launch_next(launched)
+        return [
+            self._advance(sequence, token)
+            for sequence, token in zip(launched.sequences, launched.wait(), strict=True)
+            if sequence.request_id in self._live
         ]
-        if not rows:
-            return []
-        sequences = [sequence for _, sequence in rows]
-        logits_NV = self._logits(hidden_TH, rows)
-        tokens = sample(
-            logits_NV, [s.sampling for s in sequences], [s.uniform() for s in sequences]
+
+    def _goes_on(self, launched: Launched) -> bool:
+        """Whether the next step is the same sequences, each with another token to come."""
+        return (
+            launched.repeats
+            and not self.scheduler.waiting
+            and len(self.scheduler.running) == len(launched.sequences)
+            and all(
+                sequence.request_id in self._live
+                and len(sequence.output_ids) + 2 <= sequence.sampling.max_tokens
+                for sequence in launched.sequences
+            )
         )
-        return [self._advance(s, token) for s, token in zip(sequences, tokens, strict=True)]
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
         """Run requests to the end, batched together; outputs come in the order of the requests.
@@ -251,8 +321,9 @@ class Engine:
             for request in requests:
                 ids.append(self.submit(request))
             outputs: dict[int, Output] = {}
+            wanted = set(ids)
             while len(outputs) < len(ids):
-                for delta in self.step():
+                for delta in self._step_for(wanted):
                     if delta.output:
                         outputs[delta.request_id] = delta.output
         except BaseException:
@@ -265,8 +336,9 @@ class Engine:
         """Run one request, yielding text as it becomes certain; the last delta has the output."""
         request_id = self.submit(request)
         try:
-            while request_id in self._live:
-                yield from (delta for delta in self.step() if delta.request_id == request_id)
+            # Others may step in between, finish this request and leave its end behind.
+            while request_id in self._live or self._has_kept({request_id}):
+                yield from self._step_for({request_id})
         finally:
             self.abort(request_id)
 
@@ -313,36 +385,6 @@ class Engine:
             yield logits_TV.log_softmax(dim=-1).cpu()
 
     # -- one step, in pieces ----------------------------------------------------------------
-
-    def _build(self, chunks: Sequence[Chunk]) -> Batch:
-        for variant in {chunk.sequence.variant for chunk in chunks}:
-            self.residency.wait_for(variant)
-        return Batch.build(
-            [
-                self._span(
-                    chunk.sequence.variant,
-                    chunk.sequence.pending_ids(chunk.num_tokens),
-                    chunk.sequence.num_cached,
-                    chunk.sequence.block_table[
-                        : blocks_for(chunk.sequence.num_cached + chunk.num_tokens)
-                    ],
-                )
-                for chunk in chunks
-            ],
-            self.device,
-        )
-
-    def _span(
-        self, variant: str, token_ids: Sequence[int], start: int, blocks: Sequence[int]
-    ) -> Span:
-        return Span(
-            self.residency.slot(variant), self._variant_idx[variant], token_ids, start, blocks
-        )
-
-    def _logits(self, hidden_TH: Tensor, rows: Sequence[tuple[int, TokenSequence]]) -> Tensor:
-        picked = torch.tensor([row for row, _ in rows], device=self.device)
-        groups = token_groups([self.residency.slot(s.variant) for _, s in rows])
-        return self.model.logits(hidden_TH[picked], groups)
 
     def _advance(self, sequence: TokenSequence, token: int) -> Delta:
         """Take a chosen token into a sequence; finish it if this was its last."""
@@ -414,7 +456,7 @@ class Engine:
             spans, left = [], iter(blocks)
             for window in windows:
                 table = list(islice(left, blocks_for(len(window))))
-                spans.append(self._span(variant, window, 0, table))
+                spans.append(self._runner.span(variant, window, 0, table))
             batch = Batch.build(spans, self.device)
             hidden_TH = self.model.forward(batch)
             slot = batch.groups[0].slot

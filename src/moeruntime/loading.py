@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.errors import ResourceError, UsageError
+from moeruntime.hostmemory import new_tensor
+from moeruntime.loader import Loader
 from moeruntime.models.experts import (
     DecodedCache,
     DensePool,
@@ -18,7 +20,7 @@ from moeruntime.models.experts import (
     NestedPart,
     NestedPool,
 )
-from moeruntime.pack import Pack, WeightSource
+from moeruntime.pack import StoredTensor, WeightSource
 from moeruntime.pack.manifest import EXPERT_PARTS
 from moeruntime.tensorfile import DTYPES
 
@@ -55,71 +57,57 @@ def load_experts(
     source: WeightSource,
     layer: int,
     dtype: torch.dtype,
-    device: torch.device,
+    loader: Loader,
     cache: DecodedCache,
 ) -> ExpertPool:
-    """Bring one layer's experts to the device, as they are stored."""
-    if isinstance(source, Pack) and source.manifest.nested is not None:
-        return _load_nested(source, source.manifest.nested, layer, dtype, device, cache)
-    return _load_dense(source, layer, dtype, device)
+    """Start bringing one layer's experts to the loader's device, as they are stored."""
+    if source.manifest.nested is not None:
+        return _load_nested(source, source.manifest.nested, layer, dtype, loader, cache)
+    return _load_dense(source, layer, dtype, loader)
 
 
-def _load_dense(
-    source: WeightSource, layer: int, dtype: torch.dtype, device: torch.device
-) -> DensePool:
-    """Copy slot by slot, through one slot of host memory."""
-    config, num_slots = source.manifest.config, source.manifest.num_slots[layer]
-    hidden, inner = config.hidden_size, config.intermediate_size
-    stored = DTYPES[source.manifest.expert_dtype]
-    shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
-    pinned = device.type == "cuda"
-    staging = {
-        part: torch.empty(shape, dtype=stored, pin_memory=pinned) for part, shape in shapes.items()
-    }
-    pools = {
-        part: torch.empty((num_slots, *shape), dtype=dtype, device=device)
-        for part, shape in shapes.items()
-    }
-    for slot in range(num_slots):
-        for part, buffer in staging.items():
-            source.read_slot(layer, part, slot, out=buffer)
-            pools[part][slot].copy_(buffer)
+def _load_dense(source: WeightSource, layer: int, dtype: torch.dtype, loader: Loader) -> DensePool:
+    pools = {}
+    for part in EXPERT_PARTS:
+        shape = (source.manifest.num_slots[layer], *source.manifest.part_shape(part))
+        pools[part] = new_tensor(shape, dtype, loader.device)
+        for slot in range(shape[0]):
+            loader.load(source.slot(layer, part, slot), pools[part][slot])
     return DensePool(pools["gate_up"], pools["down"])
 
 
 def _load_nested(
-    pack: Pack,
+    source: WeightSource,
     nested: Mapping[str, NestedCode],
     layer: int,
     dtype: torch.dtype,
-    device: torch.device,
+    loader: Loader,
     cache: DecodedCache,
 ) -> NestedPool:
-    """Copy shared and private codes; nothing is decoded yet."""
+    """Start bringing shared and private codes; nothing is decoded yet."""
 
-    def to_device(planes: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {width: plane.to(device) for width, plane in planes.items()}
+    def bring(stored: StoredTensor) -> Tensor:
+        out = new_tensor(stored.shape, stored.dtype, loader.device)
+        loader.load((stored,), out)
+        return out
+
+    def bring_all(planes: Mapping[int, StoredTensor]) -> dict[int, Tensor]:
+        return {width: bring(plane) for width, plane in planes.items()}
 
     parts = []
     for part in EXPERT_PARTS:
-        planes, scale = pack.read_shared(layer, part)
-        parts.append(
-            NestedPart(
-                nested[part],
-                pack.manifest.part_shape(part)[1],
-                to_device(planes),
-                scale.to(device),
-            )
-        )
+        planes, scale = source.shared_codes(layer, part)
+        num_columns = source.manifest.part_shape(part)[1]
+        parts.append(NestedPart(nested[part], num_columns, bring_all(planes), bring(scale)))
     faces = []
-    for face in pack.manifest.faces(layer)[0]:
+    for face in source.manifest.faces(layer)[0]:
         private: list[tuple[dict[int, Tensor], PrivateCode]] = []
         for idx, part in enumerate(EXPERT_PARTS):
             if face.variant is None or face.expert is None:
                 private.append(({}, PrivateCode(0, 0)))
                 continue
-            code = pack.variant(face.variant).private_codes[layer][face.expert][idx]
-            codes = pack.read_private(face.variant, layer, face.expert, part)
-            private.append((to_device(codes), code))
+            code = source.variant(face.variant).private_codes[layer][face.expert][idx]
+            codes = source.private_codes(face.variant, layer, face.expert, part)
+            private.append((bring_all(codes), code))
         faces.append(NestedFace(face.slot, (private[0], private[1])))
     return NestedPool((parts[0], parts[1]), faces, dtype, cache, layer)

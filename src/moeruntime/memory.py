@@ -10,6 +10,8 @@ import torch
 
 from moeruntime.errors import ResourceError
 from moeruntime.kv_cache import KVCache, blocks_for
+from moeruntime.layout import parameter_shape, private_stages
+from moeruntime.loader import RING_BYTES
 from moeruntime.models import parameter_roles
 from moeruntime.pack import WeightSource
 
@@ -32,6 +34,7 @@ class MemoryPlan:
         decoded_bytes: nested experts kept decoded; 0 for a plain pack.
         shared_bytes: non-expert tensors that all variants have in common.
         resident_bytes: the resident variants' own non-expert tensors.
+        kept_bytes: every variant's copy of the first layers, where some are kept on the device.
         cache_bytes: keys and values.
         host_bytes: host copies of the variants' own tensors; 0 when all are resident.
         num_blocks: cache blocks that cache_bytes buys.
@@ -41,6 +44,7 @@ class MemoryPlan:
     decoded_bytes: int
     shared_bytes: int
     resident_bytes: int
+    kept_bytes: int
     cache_bytes: int
     host_bytes: int
     num_blocks: int
@@ -48,7 +52,8 @@ class MemoryPlan:
     @property
     def weights_bytes(self) -> int:
         """All weights on the device."""
-        return self.experts_bytes + self.decoded_bytes + self.shared_bytes + self.resident_bytes
+        experts_bytes = self.experts_bytes + self.decoded_bytes
+        return experts_bytes + self.shared_bytes + self.resident_bytes + self.kept_bytes
 
 
 def available_bytes(device: torch.device) -> int:
@@ -70,6 +75,7 @@ def plan_memory(
     device: torch.device,
     max_sequences: int,
     cache_bytes: int | None,
+    kept_layers: int = 0,
 ) -> MemoryPlan:
     """Predict what an engine takes and check that it is there.
 
@@ -80,6 +86,7 @@ def plan_memory(
         device: where they go.
         max_sequences: sequences the cache should hold at full context, if it can.
         cache_bytes: the cache's size; None chooses one.
+        kept_layers: first layers of which every variant's copy stays on the device.
 
     Raises:
         ResourceError: it does not fit; says what is missing and what would help.
@@ -87,16 +94,17 @@ def plan_memory(
     manifest = source.manifest
     config = manifest.config
     shared = manifest.shared_roles()
-    shapes = config.non_expert_shapes()
-    shared_bytes = private_bytes = 0
-    # By parameter, as residency allocates: one of several roles is shared when all of them are.
-    for roles in parameter_roles(config).values():
-        num_bytes = sum(math.prod(shapes[role]) for role in roles) * dtype.itemsize
-        if shared.issuperset(roles):
-            shared_bytes += num_bytes
-        else:
-            private_bytes += num_bytes
+    shared_bytes = dtype.itemsize * sum(
+        math.prod(parameter_shape(config, roles))
+        for roles in parameter_roles(config).values()
+        if shared.issuperset(roles)
+    )
+    stage_bytes = [stage.numel * dtype.itemsize for stage in private_stages(config, shared)]
+    private_bytes = sum(stage_bytes)
     num_variants = len(manifest.variants)
+    all_resident = num_slots >= num_variants
+    kept_each = sum(stage_bytes[: kept_layers + 1]) if kept_layers and not all_resident else 0
+    kept_bytes = num_variants * kept_each
     if manifest.nested is None:
         experts_bytes = sum(manifest.num_slots) * config.expert_numel * dtype.itemsize
         decoded_bytes = 0
@@ -105,9 +113,12 @@ def plan_memory(
         num_faces = sum(len(manifest.faces(layer)[0]) for layer in range(config.num_layers))
         decoded_bytes = min(DECODED_BYTES, num_faces * config.expert_numel * dtype.itemsize)
     weights_bytes = experts_bytes + decoded_bytes + shared_bytes + num_slots * private_bytes
-    host_bytes = 0 if num_slots >= num_variants else num_variants * private_bytes
+    weights_bytes += kept_bytes
+    host_bytes = 0 if all_resident else num_variants * (private_bytes - kept_each)
 
     kind = device.type
+    if kind == "cuda" and host_bytes:
+        _check_host(source, host_bytes, num_variants)
     available = available_bytes(device)
     block_bytes = KVCache.block_bytes(config, dtype)
     left = available - weights_bytes - RESERVE_BYTES[kind] - (host_bytes if kind == "cpu" else 0)
@@ -119,10 +130,12 @@ def plan_memory(
         # On a CPU, evicting the first variant would cost a host copy of each and free one.
         most_fewer = 0 if kind == "cpu" and not host_bytes else num_slots - 1
         hint = _hint(num_slots, most_fewer, private_bytes, needed - available, dtype)
+        if kept_bytes >= needed - available:
+            hint = "keeping fewer first layers would fit"
         raise ResourceError(
             f"{source.root}: needs {needed / 1e9:.1f} GB on {device}, {available / 1e9:.1f} GB are "
             f"free (experts {experts_bytes / 1e9:.1f}, {num_slots} resident variants "
-            f"{(shared_bytes + num_slots * private_bytes) / 1e9:.1f}); {hint}"
+            f"{(shared_bytes + num_slots * private_bytes + kept_bytes) / 1e9:.1f}); {hint}"
         )
     num_blocks = max(1, cache_bytes // block_bytes)
     return MemoryPlan(
@@ -130,10 +143,23 @@ def plan_memory(
         decoded_bytes=decoded_bytes,
         shared_bytes=shared_bytes,
         resident_bytes=num_slots * private_bytes,
+        kept_bytes=kept_bytes,
         cache_bytes=num_blocks * block_bytes,
         host_bytes=host_bytes,
         num_blocks=num_blocks,
     )
+
+
+def _check_host(source: WeightSource, host_bytes: int, num_variants: int) -> None:
+    """What cold variants are copied from must fit host memory, with the ring they load through."""
+    available = available_bytes(torch.device("cpu"))
+    needed = host_bytes + RING_BYTES + RESERVE_BYTES["cpu"]
+    if needed > available:
+        raise ResourceError(
+            f"{source.root}: needs {needed / 1e9:.1f} GB of host memory for the copies of "
+            f"{num_variants} variants, {available / 1e9:.1f} GB are free; --resident "
+            f"{num_variants} needs none, fewer variants need less"
+        )
 
 
 def _hint(

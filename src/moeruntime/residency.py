@@ -2,21 +2,25 @@
 
 Every non-expert parameter is one tensor [R, ...] with a row for each resident slot. Activating a
 variant copies its rows into a slot and nothing else: experts never move, addresses never change.
-Parameters that all variants have in common are stored once and seen through a slot stride of 0.
+Parameters that all variants have in common are stored once and seen through a slot stride of 0; the
+others are views of one arena a stage (`layout`), so their slot stride is the stage's size.
 
 Follows the paper's partial runtime reconfiguration (arXiv 2505.06481), with these differences:
-several variants stay resident, the copies start from pinned memory on a side stream, nothing is
-copied back, and tensors that do not differ do not move.
+several variants stay resident, the copies start from pinned memory on a side stream, in the order
+in which a step needs them, nothing is copied back, and tensors that do not differ do not move.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from moeruntime.hostmemory import HostMemory, new_tensor
+from moeruntime.layout import parameter_shape, private_stages
+from moeruntime.loader import Loader
 from moeruntime.models.decoder import parameter_roles
 from moeruntime.pack import WeightSource
 
@@ -73,15 +77,16 @@ class SlotTable:
 
 
 class Residency:
-    """The device's non-expert weights, and the host copies they are activated from."""
+    """The device's non-expert weights, and the copies that cold variants are activated from."""
 
     def __init__(
         self,
         source: WeightSource,
         num_slots: int,
         dtype: torch.dtype,
-        device: torch.device,
+        loader: Loader,
         *,
+        kept_layers: int = 0,
         on_variant: Callable[[str], None] | None = None,
     ) -> None:
         """Allocate the slots and load what they and the host must hold.
@@ -89,38 +94,46 @@ class Residency:
         Args:
             source: where the weights come from.
             num_slots: variants on the device at once; with as many slots as variants there are no
-                host copies.
+                further copies.
             dtype: what to compute in.
-            device: where the slots are.
+            loader: brings the weights to its device, where the slots are.
+            kept_layers: first layers (and before them the embedding) of which every variant's copy
+                stays on the device too: their activation is a copy within the device, which takes
+                a fiftieth of the time, and the rest is copied while they run.
             on_variant: called with each variant's name once it is loaded.
         """
+        config = source.manifest.config
         self._source = source
         self._dtype = dtype
-        self._device = device
+        self._device = loader.device
         self._table = SlotTable(num_slots)
-        self._roles = parameter_roles(source.manifest.config)
-        shared_roles = source.manifest.shared_roles()
-        self._private = [
-            p for p, roles in self._roles.items() if not shared_roles.issuperset(roles)
+        self._roles = parameter_roles(config)
+        self._stages = private_stages(config, source.manifest.shared_roles())
+        self._num_kept = kept_layers + 1 if kept_layers else 0
+        self._arenas = [
+            new_tensor((num_slots, stage.numel), dtype, self._device) for stage in self._stages
         ]
-        self.weights: Mapping[str, Tensor] = self._allocate(num_slots)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._arrived: dict[str, torch.cuda.Event] = {}
+        self.weights: Mapping[str, Tensor] = self._views(loader, num_slots)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._arrivals: dict[str, list[torch.cuda.Event]] = {}
         self.num_activations = 0
 
         names = source.manifest.variant_names
-        for parameter in set(self._roles) - set(self._private):
-            self._load(names[0], parameter, self.weights[parameter][0])
-        self._host: dict[str, dict[str, Tensor]] = {}
+        self._host: dict[str, HostMemory] = {}
+        self._copies: dict[str, list[Tensor]] = {}
         for name in names:
             if num_slots >= len(names):
                 held = self._table.hold(name)
                 assert held is not None
-                for parameter in self._private:
-                    self._load(name, parameter, self.weights[parameter][held[0]])
+                self._load(loader, name, [arena[held[0]] for arena in self._arenas])
                 self._table.release(name)
             else:
-                self._host[name] = self._load_host(name)
+                self._copies[name] = self._new_copies(name)
+                self._load(loader, name, self._copies[name])
+            loader.finish()
+            if name in self._host and self._stream is not None:
+                # After it was filled: pages that are there are pinned faster than new ones.
+                self._host[name].pin()
             if on_variant:
                 on_variant(name)
 
@@ -145,67 +158,95 @@ class Residency:
         return slot
 
     def ready(self, variant: str) -> bool:
-        """Whether a held variant's weights have arrived on the device."""
-        event = self._arrived.get(variant)
-        return event is None or event.query()
+        """Whether all of a held variant's weights have arrived on the device."""
+        events = self._arrivals.get(variant)
+        if events is not None and events[-1].query():
+            del self._arrivals[variant]
+            return True
+        return events is None
 
-    def wait_for(self, variant: str) -> None:
-        """Make the current stream wait until a held variant's weights have arrived."""
-        event = self._arrived.get(variant)
-        if event is not None:
+    def wait_for(self, variant: str, layer: int | None = None) -> None:
+        """Make the current stream wait for a held variant's weights.
+
+        Args:
+            variant: whose.
+            layer: up to and including this layer's; EMBEDDING for the embedding alone, the number
+                of layers for the head's. None waits for everything.
+        """
+        events = self._arrivals.get(variant)
+        if events is not None:
+            event = events[-1 if layer is None else layer + 1]
             torch.cuda.current_stream(self._device).wait_event(event)
+
+    def gate(self, variants: Iterable[str]) -> Callable[[int], None] | None:
+        """What a step calls before each layer (see `wait_for`); None if everything is there."""
+        coming = [variant for variant in variants if not self.ready(variant)]
+
+        def wait(layer: int) -> None:
+            for variant in coming:
+                self.wait_for(variant, layer)
+
+        return wait if coming else None
 
     @property
     def num_held(self) -> int:
-        """Variants that running sequences hold in their slots."""
+        """Variants that sequences, running or waiting, hold in their slots."""
         return self._table.num_held
+
+    @property
+    def activation_bytes(self) -> int:
+        """What one activation copies from host memory."""
+        numel = sum(stage.numel for stage in self._stages[self._num_kept :])
+        return numel * self._dtype.itemsize
 
     def _activate(self, variant: str, slot: int) -> None:
         """Copy a variant's own parameters into a slot, on the side stream where there is one."""
         self.num_activations += 1
-        host = self._host[variant]
+        pairs = zip(self._arenas, self._copies[variant], strict=True)
         if self._stream is None:
-            for parameter in self._private:
-                self.weights[parameter][slot].copy_(host[parameter])
+            for arena, copy in pairs:
+                arena[slot].copy_(copy)
             return
         # Steps already queued may still read the slot's previous variant.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        events = []
         with torch.cuda.stream(self._stream):
-            for parameter in self._private:
-                self.weights[parameter][slot].copy_(host[parameter], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._arrived[variant] = event
+            for arena, copy in pairs:
+                arena[slot].copy_(copy, non_blocking=True)
+                events.append(torch.cuda.Event())
+                events[-1].record(self._stream)
+        self._arrivals[variant] = events
 
-    def _allocate(self, num_slots: int) -> dict[str, Tensor]:
+    def _views(self, loader: Loader, num_slots: int) -> dict[str, Tensor]:
+        """Every parameter as [R, ...]: a view of its stage's arena, or loaded once and expanded."""
         weights = {}
-        for parameter in self._roles:
-            shape = self._shape(parameter)
-            rows = num_slots if parameter in self._private else 1
-            tensor = torch.empty((rows, *shape), dtype=self._dtype, device=self._device)
-            weights[parameter] = tensor.expand(num_slots, *shape)
+        for arena, stage in zip(self._arenas, self._stages, strict=True):
+            for parameter, place in stage.places.items():
+                rows = arena[:, place.start : place.start + place.numel]
+                weights[parameter] = rows.view(num_slots, *place.shape)
+        first = self._source.manifest.variant_names[0]
+        for parameter, roles in self._roles.items():
+            if parameter in weights:
+                continue
+            shape = parameter_shape(self._source.manifest.config, roles)
+            once = new_tensor((1, *shape), self._dtype, self._device)
+            loader.load([self._source.non_expert(first, role) for role in roles], once[0])
+            weights[parameter] = once.expand(num_slots, *shape)
         return weights
 
-    def _load_host(self, variant: str) -> dict[str, Tensor]:
-        pinned = self._device.type == "cuda"
-        copies = {}
-        for parameter in self._private:
-            copies[parameter] = torch.empty(
-                self._shape(parameter), dtype=self._dtype, pin_memory=pinned
-            )
-            self._load(variant, parameter, copies[parameter])
-        return copies
+    def _new_copies(self, variant: str) -> list[Tensor]:
+        """A run of memory for each stage: first those kept on the device, then one on the host."""
+        kept, rest = self._stages[: self._num_kept], self._stages[self._num_kept :]
+        copies = [new_tensor((stage.numel,), self._dtype, self._device) for stage in kept]
+        sizes = [stage.numel for stage in rest]
+        if not any(sizes):
+            return copies + [torch.empty(0, dtype=self._dtype) for _ in rest]
+        self._host[variant] = HostMemory(sum(sizes) * self._dtype.itemsize)
+        return copies + list(self._host[variant].data.view(self._dtype).split(sizes))
 
-    def _load(self, variant: str, parameter: str, target: Tensor) -> None:
-        """Read a parameter's roles from the pack into consecutive rows of `target`."""
-        start = 0
-        for role in self._roles[parameter]:
-            stored = self._source.read_non_expert(variant, role)
-            target[start : start + stored.shape[0]].copy_(stored)
-            start += stored.shape[0]
-
-    def _shape(self, parameter: str) -> tuple[int, ...]:
-        shapes = [
-            self._source.manifest.config.non_expert_shapes()[r] for r in self._roles[parameter]
-        ]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    def _load(self, loader: Loader, variant: str, runs: Sequence[Tensor]) -> None:
+        """Load a variant's own parameters into one run of memory a stage."""
+        for run, stage in zip(runs, self._stages, strict=True):
+            for parameter, place in stage.places.items():
+                stored = [self._source.non_expert(variant, r) for r in self._roles[parameter]]
+                loader.load(stored, run[place.start : place.start + place.numel])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeruntime.request import SamplingParams
 
-__all__ = ["sample"]
+__all__ = ["resample", "sample"]
 
 
 @torch.inference_mode()
@@ -31,13 +31,27 @@ def sample(
         N token ids.
     """
     tokens_N = logits_NV.argmax(dim=-1)
-    rows = [row for row, one in enumerate(params) if one.temperature > 0]
-    if rows:
-        chosen = _sample_rows(
-            logits_NV[rows], [params[row] for row in rows], [uniforms[row] for row in rows]
-        )
-        tokens_N[torch.tensor(rows, device=tokens_N.device)] = chosen
+    resample(tokens_N, logits_NV, params, uniforms)
     return [int(token) for token in tokens_N.tolist()]
+
+
+@torch.inference_mode()
+def resample(
+    tokens_N: Tensor, logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> None:
+    """Replace the likeliest tokens, in place, by sampled ones where the temperature is above 0.
+
+    Nothing waits for the device.
+    """
+    rows = [row for row, one in enumerate(params) if one.temperature > 0]
+    if not rows:
+        return
+    rows_S = torch.tensor(rows)
+    if logits_NV.is_cuda:
+        rows_S = rows_S.pin_memory().to(logits_NV.device, non_blocking=True)
+    tokens_N[rows_S] = _sample_rows(
+        logits_NV[rows_S], [params[row] for row in rows], [uniforms[row] for row in rows]
+    )
 
 
 def _sample_rows(

@@ -2,6 +2,14 @@
 
 A sequence is admitted when a place in the batch, its variant and its cache blocks are there. It
 takes the blocks of its longest possible life at once, so nothing that runs is ever preempted.
+
+Of these blocks it shares those that hold the beginning of its prompt already, and its own full
+blocks can be found by those that come after it.
+
+A waiting sequence already holds its variant's slot if one can be had, so that weights are copied
+while it waits for the rest. Only those that arrived before the first one without a slot do: later
+ones would otherwise keep from it the slots it waits for.
+
 Admission is in order of arrival, except that a sequence whose variant finds no resident slot
 lets later ones pass, up to `MAX_TIMES_PASSED` of them: then nothing new is admitted until a slot
 drains, so no variant starves.
@@ -13,7 +21,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from moeruntime.kv_cache import BlockPool
+from moeruntime.kv_cache import BLOCK_TOKENS, BlockPool
 from moeruntime.sequence import Sequence
 
 __all__ = ["Chunk", "Scheduler", "VariantSlots"]
@@ -55,6 +63,7 @@ class Scheduler:
         *,
         max_sequences: int,
         max_step_tokens: int,
+        prefix_cache: bool = True,
     ) -> None:
         """Start empty.
 
@@ -63,12 +72,16 @@ class Scheduler:
             variants: residency.
             max_sequences: most sequences in a step.
             max_step_tokens: most tokens in a step; long prompts are cut into chunks.
+            prefix_cache: whether sequences share the blocks of a common beginning.
         """
         assert 1 <= max_sequences <= max_step_tokens
         self._blocks = blocks
         self._variants = variants
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
+        self._prefix_cache = prefix_cache
+        self.num_reused_tokens = 0
+        """Tokens of prompts that were in the cache already."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -81,22 +94,28 @@ class Scheduler:
         """Queue a sequence; it must fit the cache when nothing else runs."""
         assert sequence.num_blocks_needed <= self._blocks.num_blocks
         self.waiting.append(sequence)
+        self._hold_slots()
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and take back all it holds."""
         if sequence in self.running:
             self.running.remove(sequence)
-            self._variants.release(sequence.variant)
+            self._publish(sequence)
             self._blocks.free(sequence.block_table)
             sequence.block_table = []
         else:
             self.waiting.remove(sequence)
+        if sequence.holds_slot:
+            self._variants.release(sequence.variant)
+            sequence.holds_slot = False
 
     def schedule(self) -> list[Chunk]:
         """Admit what fits and choose the next step's tokens: decodes first, then prompts.
 
         Sequences of a variant that is still being copied sit out while others can run.
         """
+        for seq in self.running:
+            self._publish(seq)
         self._admit()
         ready = [seq for seq in self.running if self._variants.ready(seq.variant)]
         runnable = ready or self.running
@@ -110,23 +129,63 @@ class Scheduler:
             budget -= count
         return chunks
 
+    def _hold_slots(self) -> None:
+        """Hold slots for waiting sequences, up to the first that finds none."""
+        for seq in self.waiting:
+            if not seq.holds_slot:
+                if not self._variants.admit(seq.variant):
+                    return
+                seq.holds_slot = True
+
     def _admit(self) -> None:
+        self._hold_slots()
         passed: list[Sequence] = []
         for seq in list(self.waiting):
             if len(self.running) == self._max_sequences:
                 return
-            if self._blocks.num_free < seq.num_blocks_needed:
-                return
             # The first of them has been passed most often.
             if passed and passed[0].times_passed >= MAX_TIMES_PASSED:
                 return
-            if not self._variants.admit(seq.variant):
+            held = seq.holds_slot
+            if not held and not self._variants.admit(seq.variant):
                 passed.append(seq)
                 continue
-            blocks = self._blocks.allocate(seq.num_blocks_needed)
-            assert blocks is not None
-            seq.block_table = blocks
+            if not self._take_blocks(seq):
+                if not held:
+                    self._variants.release(seq.variant)
+                return
+            seq.holds_slot = True
             self.waiting.remove(seq)
             self.running.append(seq)
             for earlier in passed:
                 earlier.times_passed += 1
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Give a sequence all its blocks, shared ones first; False, taking none, if too few."""
+        shared: list[int] = []
+        chain = seq.chain
+        if self._prefix_cache:
+            # At least one token must run, for there to be something to choose the next one by.
+            shared, chain = self._blocks.share(seq.variant, seq.prompt_ids[:-1])
+        own = self._blocks.allocate(seq.num_blocks_needed - len(shared))
+        if own is None:
+            self._blocks.free(shared)
+            return False
+        seq.block_table = shared + own
+        seq.chain, seq.num_published = chain, len(shared)
+        seq.num_cached = len(shared) * BLOCK_TOKENS
+        self.num_reused_tokens += seq.num_cached
+        return True
+
+    def _publish(self, seq: Sequence) -> None:
+        """Let others find the blocks that the last step filled."""
+        if not self._prefix_cache:
+            return
+        # A step may have been launched whose token nobody has seen.
+        num_known = min(seq.num_cached, len(seq.prompt_ids) + len(seq.output_ids))
+        while (seq.num_published + 1) * BLOCK_TOKENS <= num_known:
+            start = seq.num_published * BLOCK_TOKENS
+            tokens = seq.ids(start, start + BLOCK_TOKENS)
+            block = seq.block_table[seq.num_published]
+            seq.chain = self._blocks.publish(seq.chain, tokens, block)
+            seq.num_published += 1

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-from moeruntime.kv_cache import blocks_for
+from moeruntime.kv_cache import ChainLink, blocks_for
 from moeruntime.request import FinishReason, SamplingParams
 
 __all__ = ["Sequence"]
@@ -24,6 +24,9 @@ class Sequence:
         output_ids: tokens chosen so far.
         num_cached: tokens whose keys and values are in the cache.
         block_table: its cache blocks; empty while it waits.
+        num_published: its first blocks that others can find, or that it found itself.
+        chain: what the block after them comes after (see `BlockPool.publish`).
+        holds_slot: whether it holds its variant's resident slot, as all that run do.
         times_passed: requests that were admitted before this one although they came later.
         finish_reason: None while it is alive.
     """
@@ -35,12 +38,16 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
+    num_published: int = 0
+    chain: ChainLink = field(init=False)
+    holds_slot: bool = False
     times_passed: int = 0
     finish_reason: FinishReason | None = None
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
         """Seed the sequence's own random numbers."""
+        self.chain = self.variant
         self._random = random.Random(self.sampling.seed)
 
     @property
@@ -58,12 +65,15 @@ class Sequence:
 
     def pending_ids(self, count: int) -> list[int]:
         """The next `count` tokens to run."""
-        start = self.num_cached
-        prompt = list(self.prompt_ids[start : start + count])
-        if len(prompt) == count:
+        return self.ids(self.num_cached, self.num_cached + count)
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop) of prompt and output."""
+        num_prompt = len(self.prompt_ids)
+        prompt = list(self.prompt_ids[start:stop])
+        if stop <= num_prompt:
             return prompt
-        offset = start + len(prompt) - len(self.prompt_ids)
-        return prompt + self.output_ids[offset : offset + count - len(prompt)]
+        return prompt + self.output_ids[max(0, start - num_prompt) : stop - num_prompt]
 
     def uniform(self) -> float:
         """The next of the sequence's random numbers, in [0, 1)."""

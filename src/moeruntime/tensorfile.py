@@ -32,7 +32,14 @@ from torch import Tensor
 from moeruntime.errors import MoecError
 from moeruntime.strict_json import Fields, parse_json
 
-__all__ = ["FileDigest", "TensorEntry", "TensorFile", "TensorFileWriter", "dtype_name"]
+__all__ = [
+    "FileDigest",
+    "FileTensor",
+    "TensorEntry",
+    "TensorFile",
+    "TensorFileWriter",
+    "dtype_name",
+]
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_TENSORS = 100_000
@@ -96,6 +103,33 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of an open file, or a run of its rows, that has not been read yet."""
+
+    file: TensorFile
+    entry: TensorEntry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    def read(self) -> Tensor:
+        """Read it into memory of its own."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.read_bytes(0, out.reshape(-1).view(torch.uint8))
+        return out
+
+    def read_bytes(self, start: int, out: Tensor) -> None:
+        """Read its bytes from `start` on into contiguous uint8 CPU memory."""
+        assert start + out.nbytes <= self.entry.num_bytes
+        self.file.read_bytes(self.entry.offset + start, out)
+
+
+@dataclass(frozen=True, slots=True)
 class FileDigest:
     """Size in bytes and lower-case hexadecimal sha256 of a file."""
 
@@ -147,6 +181,20 @@ class TensorFile:
             os.close(self._fd)
             self._fd = -1
 
+    def tensor(self, name: str) -> FileTensor:
+        """A tensor, to be read later."""
+        return FileTensor(self, self.entries[name])
+
+    def row(self, name: str, row: int) -> FileTensor:
+        """One row of a tensor's first dimension, to be read later."""
+        entry = self.entries[name]
+        num_rows, *rest = entry.shape
+        assert 0 <= row < num_rows
+        num_bytes = entry.num_bytes // num_rows
+        return FileTensor(
+            self, TensorEntry(entry.dtype, tuple(rest), entry.offset + row * num_bytes, num_bytes)
+        )
+
     def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
         """Read one whole tensor.
 
@@ -157,17 +205,24 @@ class TensorFile:
         entry = self.entries[name]
         if out is None:
             out = torch.empty(entry.shape, dtype=entry.dtype)
-        return self._read_into(out, entry.offset, entry.num_bytes)
+        assert out.is_contiguous() and out.nbytes == entry.num_bytes
+        self.read_bytes(entry.offset, out.reshape(-1).view(torch.uint8))
+        return out
 
-    def read_rows(self, name: str, start: int, stop: int, *, out: Tensor | None = None) -> Tensor:
-        """Read rows [start, stop) of a tensor's first dimension."""
-        entry = self.entries[name]
-        num_rows, *rest = entry.shape
-        assert 0 <= start <= stop <= num_rows
-        row_bytes = entry.num_bytes // num_rows
-        if out is None:
-            out = torch.empty((stop - start, *rest), dtype=entry.dtype)
-        return self._read_into(out, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+    def read_bytes(self, offset: int, out: Tensor) -> None:
+        """Read the file's bytes from `offset` on into contiguous uint8 CPU memory."""
+        assert out.is_contiguous() and out.dtype == torch.uint8 and out.device.type == "cpu"
+        target = out.numpy().data
+        done, num_bytes = 0, out.nbytes
+        while done < num_bytes:
+            try:
+                got = os.preadv(self._fd, [target[done:]], offset + done)
+            except OSError as problem:  # a disk or a network file system that fails
+                reason = problem.strerror
+                raise self._error(f"{self.path}: cannot be read: {reason}") from None
+            if got == 0:
+                raise self._error(f"{self.path}: shrank while it was being read")
+            done += got
 
     def check_unchanged(self) -> None:
         """Raise if the file was replaced, rewritten or resized since it was opened."""
@@ -182,21 +237,6 @@ class TensorFile:
     def _stat(self) -> tuple[int, int, int, int]:
         stat = os.fstat(self._fd)
         return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-    def _read_into(self, out: Tensor, offset: int, num_bytes: int) -> Tensor:
-        assert out.is_contiguous() and out.nbytes == num_bytes and out.device.type == "cpu"
-        target = out.reshape(-1).view(torch.uint8).numpy().data
-        done = 0
-        while done < num_bytes:
-            try:
-                got = os.preadv(self._fd, [target[done:]], offset + done)
-            except OSError as problem:  # a disk or a network file system that fails
-                reason = problem.strerror
-                raise self._error(f"{self.path}: cannot be read: {reason}") from None
-            if got == 0:
-                raise self._error(f"{self.path}: shrank while it was being read")
-            done += got
-        return out
 
     def _parse_header(self) -> dict[str, TensorEntry]:
         where, file_bytes = str(self.path), self._identity[2]

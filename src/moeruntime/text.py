@@ -54,18 +54,44 @@ class VariantText:
     def __init__(self, source: WeightSource, variant: str) -> None:
         """Load what the pack holds for a variant.
 
+        Without a tokenizer a variant takes prompts of token ids and answers with token ids.
+
         Raises:
-            TokenizerError: the tokenizer is missing, malformed or too large for the embedding.
+            TokenizerError: the tokenizer is malformed or too large for the embedding.
         """
-        path = source.variant_path(variant, "tokenizer.json")
-        if path is None:
-            raise TokenizerError(f"{source.root}: variant '{variant}' has no tokenizer.json")
-        self.variant = variant
+        self._root, self.variant = source.root, variant
         self.vocab_size = source.manifest.config.vocab_size
-        self.tokenizer = parse_tokenizer(path.read_bytes(), path, self.vocab_size)
+        path = source.variant_path(variant, "tokenizer.json")
+        self._tokenizer = (
+            None if path is None else parse_tokenizer(path.read_bytes(), path, self.vocab_size)
+        )
         self._values, self.chat_template = _template(source, variant)
-        self._end_id = self.tokenizer.token_to_id(str(self._values.get("eos_token", "")))
+        self._end_id: int | None = None
+        if self._tokenizer is not None:
+            self._end_id = self._tokenizer.token_to_id(str(self._values.get("eos_token", "")))
         self.eos_ids = _eos_ids(source, variant)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            TokenizerError: the variant has none.
+        """
+        if self._tokenizer is None:
+            raise TokenizerError(
+                f"{self._root}: variant '{self.variant}' has no tokenizer.json; it takes prompts "
+                "of token ids, without stop strings"
+            )
+        return self._tokenizer
+
+    def stream(self, stop: Sequence[str]) -> TextStream:
+        """Start turning an answer into text, which stays empty without a tokenizer.
+
+        Raises:
+            TokenizerError: stop strings can only be found with a tokenizer.
+        """
+        return TextStream(self.tokenizer if stop else self._tokenizer, stop)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around it (usually <s>)."""
@@ -117,8 +143,8 @@ class VariantText:
 class TextStream:
     """Tokens to text, piece by piece, never showing half a character or half a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        """Start with no tokens."""
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        """Start with no tokens; without a tokenizer there will be no text."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
@@ -143,6 +169,8 @@ class TextStream:
         A token's text can depend on its neighbours (a leading space, half a character), so a few
         tokens before it are always decoded with it and their text is cut off again.
         """
+        if self._tokenizer is None:
+            return ""
         before = self._tokenizer.decode(self._ids[self._start : self._decoded])
         after = self._tokenizer.decode(self._ids[self._start :])
         if not final and (after.endswith("\N{REPLACEMENT CHARACTER}") or len(after) <= len(before)):

@@ -14,6 +14,7 @@ import torch
 from moeconsolidate.evaluation import score_texts
 from moeruntime import Engine, Output, Request, SamplingParams, memory
 from moeruntime.errors import ResourceError
+from moeruntime.loader import Loader
 from moeruntime.models import parameter_roles
 from moeruntime.pack import Pack
 from moeruntime.residency import Residency
@@ -203,7 +204,7 @@ def test_activation_changes_nothing(
 
 def test_a_slot_is_not_overwritten_while_queued_work_reads_it(lossless_pack: Path) -> None:
     with Pack(lossless_pack) as source:
-        residency = Residency(source, 1, torch.float32, DEVICE)
+        residency = Residency(source, 1, torch.float32, Loader(DEVICE))
         parameters = parameter_roles(source.manifest.config)
         assert residency.admit("python")
         residency.wait_for("python")
@@ -224,9 +225,59 @@ def test_a_slot_is_not_overwritten_while_queued_work_reads_it(lossless_pack: Pat
                 assert torch.equal(seen[name].cpu(), stored.float()), (variant, name)
 
 
+def test_layers_arrive_one_by_one_in_the_order_of_a_step(lossless_pack: Path) -> None:
+    with Pack(lossless_pack) as source:
+        config = source.manifest.config
+        for kept_layers in (0, 2, config.num_layers):
+            with Loader(DEVICE) as loader:
+                residency = Residency(source, 1, torch.float32, loader, kept_layers=kept_layers)
+            assert residency.admit("python")
+            gate = residency.gate(["python"])
+            # Each layer's weights are read as soon as they may be, on a stream that waits for no
+            # other: what is copied later must not be needed, what was copied must be there.
+            seen: dict[str, torch.Tensor] = {}
+            for layer in range(-1, config.num_layers + 1):
+                if gate is not None:
+                    gate(layer)
+                for name, weights in residency.weights.items():
+                    if stage_of(name, config.num_layers) == layer:
+                        seen[name] = weights[0].clone()
+            torch.cuda.synchronize()
+            assert residency.ready("python")
+            assert residency.gate(["python"]) is None
+            for name, roles in parameter_roles(config).items():
+                stored = torch.cat([source.read_non_expert("python", role) for role in roles])
+                assert torch.equal(seen[name].cpu(), stored.float()), name
+
+
+def stage_of(parameter: str, num_layers: int) -> int:
+    if parameter.startswith("layers."):
+        return int(parameter.split(".")[1])
+    return -1 if parameter == "embed_tokens" else num_layers
+
+
+def test_a_step_does_not_wait_for_layers_it_has_not_come_to(lossless_pack: Path) -> None:
+    with Pack(lossless_pack) as source, Loader(DEVICE) as loader:
+        residency = Residency(source, 1, torch.float32, loader)
+        assert residency.admit("python")
+        torch.cuda.synchronize()
+        residency.release("python")
+        stream = residency._stream
+        assert stream is not None
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        assert residency.admit("math")
+        events = residency._arrivals["math"]
+        assert len(events) == source.manifest.config.num_layers + 2
+        assert not events[0].query(), "it sleeps first"
+        residency.wait_for("math", 0)
+        torch.cuda.current_stream(DEVICE).synchronize()
+        assert events[1].query()
+
+
 def test_host_copies_are_pinned(lossless_pack: Path) -> None:
     with Engine.from_pack(lossless_pack, device="cuda", resident=2) as engine:
-        copies = [t for one in engine.residency._host.values() for t in one.values()]
+        copies = [memory.data for memory in engine.residency._host.values()]
         assert sum(copy.nbytes for copy in copies) == engine.memory.host_bytes
         assert all(copy.is_pinned() for copy in copies)
 

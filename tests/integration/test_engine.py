@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from moeruntime import Engine, Output, Request, SamplingParams
 from moeruntime.errors import RequestError, ResourceError, TokenizerError
+from moeruntime.request import Delta
 from runtime_fixtures import (
     TEXTS_OF,
     drain,
@@ -88,6 +90,51 @@ def test_a_stream_that_is_dropped_is_aborted(engine: Engine) -> None:
     assert not engine.scheduler.idle
     stream.close()
     assert_clean(engine)
+
+
+def test_requests_submitted_before_lose_nothing_to_generate_or_stream(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=12)
+    requests = [Request(name, PROMPTS[name], params) for name in VARIANTS]
+    expected = engine.generate(requests)
+    first, second = engine.submit(requests[0]), engine.submit(requests[1])
+    assert engine.generate(requests[2:3]) == expected[2:3]
+    assert list(engine.stream(requests[3]))[-1].output == expected[3]
+    deltas = engine.step()
+    while not engine.scheduler.idle:
+        deltas += engine.step()
+    for request_id, output in ((first, expected[0]), (second, expected[1])):
+        mine = [delta for delta in deltas if delta.request_id == request_id]
+        assert tuple(token for delta in mine for token in delta.token_ids) == output.token_ids
+        assert "".join(delta.text for delta in mine) == output.text
+        assert [delta.output for delta in mine if delta.output] == [output]
+    assert len(deltas) == 2 * 12
+    assert engine.step() == []
+
+
+def test_streams_may_be_read_in_turns(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=10)
+    requests = [Request(name, PROMPTS[name], params) for name in ("python", "math")]
+    expected = engine.generate(requests)
+    left = [engine.stream(request) for request in requests]
+    seen: list[list[Delta]] = [[], []]
+    for _ in range(11):
+        for idx, stream in enumerate(left):
+            seen[idx] += islice(stream, 1)
+    for deltas, output in zip(seen, expected, strict=True):
+        assert tuple(token for delta in deltas for token in delta.token_ids) == output.token_ids
+        assert "".join(delta.text for delta in deltas) == output.text
+        assert deltas[-1].output == output
+
+
+def test_an_aborted_request_says_nothing_more(engine: Engine) -> None:
+    request = Request("python", PROMPTS["python"], SamplingParams(max_tokens=6))
+    early = engine.submit(request)
+    engine.generate([request])
+    engine.abort(early)
+    assert engine.step() == []
+    stream = engine.stream(request)
+    engine.abort(next(stream).request_id)
+    assert list(stream) == []
 
 
 def test_outputs_come_in_the_order_of_the_requests(engine: Engine) -> None:
@@ -211,8 +258,8 @@ def test_one_bad_request_and_none_has_run(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, request_: Request, complaint: str
 ) -> None:
     steps = []
-    original = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or original(self))
+    original = Engine._run
+    monkeypatch.setattr(Engine, "_run", lambda self: steps.append(1) or original(self))
     good = Request("python", "x", SamplingParams(max_tokens=2))
     with pytest.raises(RequestError, match=complaint):
         engine.generate([good, good, request_, good])
@@ -367,7 +414,7 @@ def test_how_many_are_resident_changes_nothing(engine: Engine, pack: Path, resid
         for name in VARIANTS
     ]
     expected = engine.generate(requests)
-    with Engine.from_pack(pack, device="cpu", resident=resident) as small:
+    with Engine.from_pack(pack, device="cpu", resident=resident, kept_layers=resident) as small:
         assert small.generate(requests) == expected
         assert small.residency.num_activations >= 4
         assert_clean(small)

@@ -47,9 +47,8 @@ def slot_of(pack: Path, layer: int, slot: int) -> Tensor:
     with Pack(pack) as opened:
         parts = []
         for part in ("gate_up", "down"):
-            out = torch.empty(opened.manifest.part_shape(part), dtype=torch.bfloat16)
-            opened.read_slot(layer, part, slot, out=out)
-            parts.append(out.flatten())
+            (stored,) = opened.slot(layer, part, slot)
+            parts.append(stored.read().flatten())
     return torch.cat(parts)
 
 

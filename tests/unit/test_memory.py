@@ -11,6 +11,7 @@ import torch
 from moeruntime import Engine, memory
 from moeruntime.errors import ResourceError, UsageError
 from moeruntime.kv_cache import KVCache
+from moeruntime.loader import RING_BYTES
 from moeruntime.memory import RESERVE_BYTES, MemoryPlan, plan_memory
 from moeruntime.pack import Pack
 from runtime_fixtures import pack_with_common_tensors
@@ -65,19 +66,25 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("resident", [1, 2, 3])
-def test_what_is_predicted_is_what_is_allocated(root: Path, resident: int, dtype: str) -> None:
+@pytest.mark.parametrize("kept", [0, 2])
+def test_what_is_predicted_is_what_is_allocated(
+    root: Path, resident: int, kept: int, dtype: str
+) -> None:
     with Engine.from_pack(
-        root, resident=resident, dtype=dtype, device="cpu", max_sequences=4
+        root, resident=resident, dtype=dtype, device="cpu", max_sequences=4, kept_layers=kept
     ) as engine:
         predicted = engine.memory
         pools = [t for layer in engine.model.experts for t in (layer.gate_up, layer.down)]
         weights = list(engine.residency.weights.values())
         cache = [*engine.model.cache.keys, *engine.model.cache.values]
-        host = [t for copies in engine.residency._host.values() for t in copies.values()]
+        copies = [t for copies in engine.residency._copies.values() for t in copies]
+        host = [memory.data for memory in engine.residency._host.values()]
         assert storage_bytes(pools) == predicted.experts_bytes
         assert storage_bytes(weights) == predicted.shared_bytes + predicted.resident_bytes
         assert storage_bytes(cache) == predicted.cache_bytes
         assert storage_bytes(host) == predicted.host_bytes
+        assert storage_bytes([*copies, *host]) == predicted.host_bytes + predicted.kept_bytes
+        assert (predicted.kept_bytes > 0) == (kept > 0 and resident < NUM_VARIANTS)
         assert predicted.shared_bytes > 0
         assert (predicted.host_bytes == 0) == (resident == NUM_VARIANTS)
         assert cache[0].shape[0] == predicted.num_blocks == engine.num_free_blocks
@@ -146,6 +153,31 @@ def test_a_cpu_that_has_host_copies_anyway_may_hold_fewer_variants(
     plan(source, num_slots=1)
 
 
+def test_keeping_first_layers_is_what_to_give_up_when_that_is_what_is_missing(
+    source: Pack, free: Callable[[int], None]
+) -> None:
+    cuda = torch.device("cuda")
+    free(2**40)
+    enough = needed_bytes(source, num_slots=2, device=cuda)
+    free(enough)
+    with pytest.raises(ResourceError, match="keeping fewer first layers would fit"):
+        plan(source, num_slots=2, device=cuda, kept_layers=2)
+    plan(source, num_slots=2, device=cuda)
+
+
+def test_host_copies_must_fit_the_host(source: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    free_bytes = {"cpu": 2**40, "cuda": 2**40}
+    monkeypatch.setattr(memory, "available_bytes", lambda device: free_bytes[device.type])
+    needed = plan(source, num_slots=1, device=cuda).host_bytes + RING_BYTES + RESERVE_BYTES["cpu"]
+    free_bytes["cpu"] = needed
+    plan(source, num_slots=1, device=cuda)
+    free_bytes["cpu"] = needed - 1
+    with pytest.raises(ResourceError, match=r"GB of host memory for the copies of 3 variants.*"):
+        plan(source, num_slots=1, device=cuda)
+    plan(source, num_slots=NUM_VARIANTS, device=cuda)
+
+
 def test_when_nothing_helps_the_hint_says_so(source: Pack, free: Callable[[int], None]) -> None:
     free(1000)
     with pytest.raises(ResourceError, match="a smaller cache, a larger device or a pack with"):
@@ -183,6 +215,8 @@ def test_the_cache_holds_every_sequence_at_full_context_if_it_can(
         ({"max_sequences": 0}, "max_sequences 0"),
         ({"max_sequences": 9, "max_step_tokens": 8}, "max_sequences 9"),
         ({"cache_bytes": 0}, "cache_bytes is 0"),
+        ({"kept_layers": -1}, "kept_layers is -1"),
+        ({"kept_layers": 3}, "kept_layers is 3, outside 0..2"),
         ({"cache_bytes": -5}, "cache_bytes is -5"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"device": "tpu"}, "device 'tpu'"),

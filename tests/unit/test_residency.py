@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moeconsolidate import consolidate
+from moeruntime.layout import ALIGNMENT, EMBEDDING, private_stages
+from moeruntime.loader import Loader
 from moeruntime.models import parameter_roles
 from moeruntime.pack import Pack
 from moeruntime.residency import Residency, SlotTable
@@ -138,18 +140,20 @@ def assert_resident(residency: Residency, source: Pack, variant: str, folder: Pa
         assert torch.equal(residency.weights[parameter][slot], stored), (variant, parameter)
 
 
+@pytest.mark.parametrize("kept_layers", [0, 1, 2])
 @pytest.mark.parametrize("num_slots", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_slot_holds_its_variant_after_every_activation(
-    source: Pack, folders: dict[str, Path], num_slots: int, dtype: torch.dtype
+    source: Pack, folders: dict[str, Path], num_slots: int, dtype: torch.dtype, kept_layers: int
 ) -> None:
-    residency = Residency(source, num_slots, dtype, CPU)
+    residency = Residency(source, num_slots, dtype, Loader(CPU), kept_layers=kept_layers)
     held: list[str] = []
     resident: list[str] = []
     num_activations = 0
     for variant in [*"abcabcbbaaccab", "c", "b", "a"]:
         assert residency.admit(variant)
-        residency.wait_for(variant)
+        for layer in (EMBEDDING, 0, 1, 2, None):
+            residency.wait_for(variant, layer)
         assert residency.ready(variant)
         held.append(variant)
         if num_slots < len(NAMES):
@@ -166,7 +170,7 @@ def test_a_slot_holds_its_variant_after_every_activation(
 def test_with_every_slot_held_nobody_else_is_admitted(
     source: Pack, folders: dict[str, Path]
 ) -> None:
-    residency = Residency(source, 1, torch.float32, CPU)
+    residency = Residency(source, 1, torch.float32, Loader(CPU))
     assert residency.admit("a")
     assert not residency.admit("b")
     assert residency.num_activations == 1
@@ -177,24 +181,55 @@ def test_with_every_slot_held_nobody_else_is_admitted(
 
 
 def test_what_all_variants_share_is_stored_once(source: Pack) -> None:
-    residency = Residency(source, 2, torch.float32, CPU)
+    residency = Residency(source, 2, torch.float32, Loader(CPU))
     shared = {name for name, tensor in residency.weights.items() if tensor.stride(0) == 0}
     assert shared == {"layers.0.o_proj", "embed_tokens"}
     for name, tensor in residency.weights.items():
-        rows = 1 if name in shared else 2
         assert tensor.shape[0] == 2
-        assert tensor.untyped_storage().nbytes() == rows * tensor[0].nbytes, name
+        if name in shared:
+            assert tensor.untyped_storage().nbytes() == tensor[0].nbytes, name
+        else:
+            assert tensor[0].is_contiguous()
+            assert tensor.storage_offset() % ALIGNMENT == 0
+            assert tensor.stride(0) % ALIGNMENT == 0
+
+
+def test_a_stage_is_one_run_of_memory_in_the_order_of_a_step(source: Pack) -> None:
+    config, shared = source.manifest.config, source.manifest.shared_roles()
+    embedding, *layers, head = private_stages(config, shared)
+    assert not embedding.places, "all variants share it"
+    assert list(head.places) == ["final_norm", "lm_head"]
+    for idx, stage in enumerate(layers):
+        assert all(name.startswith(f"layers.{idx}.") for name in stage.places)
+        end = 0
+        for place in stage.places.values():
+            assert end <= place.start < end + ALIGNMENT
+            end = place.start + place.numel
+        assert end <= stage.numel < end + ALIGNMENT
+    apart = private_stages(config, frozenset())
+    assert list(apart[0].places) == ["embed_tokens"]
+    assert "layers.0.o_proj" in apart[1].places
+    assert "layers.0.o_proj" not in layers[0].places
+
+
+@pytest.mark.parametrize(("kept_layers", "num_kept"), [(0, 0), (1, 2), (2, 3)])
+def test_kept_layers_need_no_host_copy(source: Pack, kept_layers: int, num_kept: int) -> None:
+    residency = Residency(source, 1, torch.float32, Loader(CPU), kept_layers=kept_layers)
+    stages = private_stages(source.manifest.config, source.manifest.shared_roles())
+    from_host = sum(stage.numel for stage in stages[num_kept:]) * 4
+    assert residency.activation_bytes == from_host
+    assert {memory.data.nbytes for memory in residency._host.values()} == {from_host}
 
 
 def test_progress_names_every_variant_once(source: Pack) -> None:
     for num_slots in (1, 3):
         seen: list[str] = []
-        Residency(source, num_slots, torch.float32, CPU, on_variant=seen.append)
+        Residency(source, num_slots, torch.float32, Loader(CPU), on_variant=seen.append)
         assert seen == list(NAMES)
 
 
 def test_addresses_never_change(source: Pack) -> None:
-    residency = Residency(source, 2, torch.float32, CPU)
+    residency = Residency(source, 2, torch.float32, Loader(CPU))
     before = {name: tensor.data_ptr() for name, tensor in residency.weights.items()}
     for variant in "abcabc":
         residency.admit(variant)

@@ -43,7 +43,9 @@ _ids = iter(range(10**9))
 
 
 def sequence(variant: str = "a", *, prompt: int = 4, max_tokens: int = 4) -> Sequence:
-    return Sequence(next(_ids), variant, [1] * prompt, SamplingParams(max_tokens=max_tokens))
+    """A sequence that shares its beginning with no other."""
+    number = next(_ids)
+    return Sequence(number, variant, [number] * prompt, SamplingParams(max_tokens=max_tokens))
 
 
 def make(
@@ -182,6 +184,44 @@ def test_when_all_variants_are_being_copied_the_step_waits_for_one_of_them() -> 
     assert [c.sequence for c in scheduler.schedule()] == [seq]
 
 
+def test_a_variant_is_copied_while_its_sequence_waits_for_a_place_or_blocks() -> None:
+    for options in ({"max_sequences": 1}, {"num_blocks": 1}):
+        scheduler, _, slots = make(**options)
+        running, waiting = sequence("a"), sequence("b")
+        scheduler.add(running)
+        assert [c.sequence for c in scheduler.schedule()] == [running]
+        scheduler.add(waiting)
+        assert slots.log == ["a", "b"], "at once, not in the next step"
+        scheduler.schedule()
+        assert scheduler.running == [running]
+        scheduler.remove(running)
+        scheduler.schedule()
+        assert (scheduler.running, slots.log) == ([waiting], ["a", "b"])
+
+
+def test_a_slot_that_drains_goes_to_the_first_that_waits_for_one() -> None:
+    scheduler, _, slots = make(num_slots=1, max_sequences=1)
+    running, first, second = sequence("a"), sequence("b"), sequence("a")
+    for seq in (running, first, second):
+        scheduler.add(seq)
+    assert not second.holds_slot, "it would keep the slot from the one before it"
+    scheduler.schedule()
+    scheduler.remove(running)
+    scheduler.schedule()
+    assert (scheduler.running, slots.log) == ([first], ["a", "b"])
+
+
+def test_an_aborted_sequence_lets_go_of_the_slot_it_waited_with() -> None:
+    scheduler, _, slots = make(max_sequences=1)
+    running, waiting = sequence("a"), sequence("b")
+    for seq in (running, waiting):
+        scheduler.add(seq)
+    scheduler.schedule()
+    scheduler.remove(waiting)
+    assert +slots.held == Counter("a")
+    assert not waiting.holds_slot
+
+
 def test_a_sequence_without_a_slot_lets_others_pass() -> None:
     scheduler, _, _ = make(num_slots=1)
     first, blocked, later = sequence("a"), sequence("b"), sequence("a")
@@ -217,7 +257,7 @@ def test_removing_a_waiting_sequence_leaves_the_others_alone() -> None:
     scheduler.remove(second)
     scheduler.remove(first)
     assert blocks.num_free == 64
-    assert slots.held["a"] == 0
+    assert slots.held["a"] == 1, "by the third, which waits"
     scheduler.schedule()
     assert scheduler.running == [third]
 
@@ -263,7 +303,10 @@ def test_random_arrivals_and_aborts_keep_every_promise(seed: int) -> None:
             assert len(seq.block_table) == blocks_for(
                 len(seq.prompt_ids) + seq.sampling.max_tokens - 1
             )
-        assert +slots.held == Counter(seq.variant for seq in running)
+        assert all(seq.holds_slot for seq in running)
+        assert +slots.held == Counter(seq.variant for seq in alive if seq.holds_slot)
+        waiting = [seq.holds_slot for seq in scheduler.waiting]
+        assert waiting == sorted(waiting, reverse=True), "a later one holds, an earlier one waits"
         assert len(+slots.held) <= num_slots
         assert all(seq.times_passed <= MAX_TIMES_PASSED for seq in alive)
 

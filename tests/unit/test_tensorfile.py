@@ -70,7 +70,7 @@ def test_each_reads_what_the_other_writes(
                 assert bits(copy) == bits(tensor)
 
 
-def test_rows_can_be_written_and_read_in_runs(tmp_path: Path) -> None:
+def test_rows_can_be_written_in_runs_and_read_one_by_one(tmp_path: Path) -> None:
     whole = random_bits((6, 2, 3), torch.bfloat16)
     path = tmp_path / "rows.safetensors"
     with TensorFileWriter(path, [("rows", whole.dtype, (6, 2, 3))]) as file:
@@ -78,10 +78,15 @@ def test_rows_can_be_written_and_read_in_runs(tmp_path: Path) -> None:
             file.append("rows", whole[start:stop])
         file.finish()
     assert bits(load_file(path)["rows"]) == bits(whole)
-    target = torch.empty(12, dtype=torch.bfloat16)
     with TensorFile(path, CheckpointError) as file:
-        assert bits(file.read_rows("rows", 2, 4, out=target)) == bits(whole[2:4])
-        assert file.read_rows("rows", 5, 6).shape == (1, 2, 3)
+        for idx in range(6):
+            row = file.row("rows", idx)
+            assert (row.dtype, row.shape) == (torch.bfloat16, (2, 3))
+            assert bits(row.read()) == bits(whole[idx])
+        assert bits(file.tensor("rows").read()) == bits(whole)
+        piece = torch.empty(10, dtype=torch.uint8)
+        file.row("rows", 3).read_bytes(2, piece)
+        assert bits(piece) == bits(whole[3])[2:]
 
 
 def test_data_starts_on_a_page_and_bytes_repeat(tmp_path: Path) -> None:

@@ -464,6 +464,10 @@ def test_a_template_file_wins_over_the_config_and_lists_have_a_default(
     assert VariantText(both, "base").chat_template == "file"
 
 
-def test_a_variant_needs_a_tokenizer(source: Pack, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="has no tokenizer"):
-        VariantText(Folder(source, tmp_path), "base")  # type: ignore[arg-type]
+def test_without_a_tokenizer_there_are_only_token_ids(source: Pack, tmp_path: Path) -> None:
+    text = VariantText(Folder(source, tmp_path), "base")  # type: ignore[arg-type]
+    for call in (lambda: text.encode("x"), lambda: text.stream(("x",)), lambda: text.tokenizer):
+        with pytest.raises(TokenizerError, match="it takes prompts of token ids"):
+            call()
+    stream = text.stream(())
+    assert (stream.push(5), stream.push(7), stream.finish(), stream.text) == ("", "", "", "")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moeruntime.kernels import TokenGroup
-from moeruntime.kv_cache import BLOCK_TOKENS
+from moeruntime.kernels.spans import Spans
+from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
 
 __all__ = ["Batch", "Span"]
 
@@ -44,7 +45,7 @@ class Batch:
         cache_rows_T: int64; where each token's key and value go, block * BLOCK_TOKENS + row.
         groups: the rows of each resident slot.
         spans: (start, stop, context) a sequence, in the order of the batch.
-        block_tables: int64 blocks of each sequence.
+        spans_on_device: the same with the cache blocks of each sequence.
     """
 
     token_ids_T: Tensor
@@ -54,7 +55,7 @@ class Batch:
     cache_rows_T: Tensor
     groups: tuple[TokenGroup, ...]
     spans: tuple[tuple[int, int, int], ...]
-    block_tables: tuple[Tensor, ...]
+    spans_on_device: Spans
 
     @classmethod
     def build(cls, sequences: Sequence[Span], device: torch.device) -> Batch:
@@ -78,9 +79,10 @@ class Batch:
                 for pos in where
             ]
         # One transfer for all the per-token integers.
-        packed = torch.tensor([tokens, positions, slots, variants, rows]).to(device)
+        packed = torch.tensor([tokens, positions, slots, variants, rows])
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
         token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
-        tables = tuple(torch.tensor(list(s.block_table), device=device) for s in sequences)
         return cls(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -89,8 +91,17 @@ class Batch:
             cache_rows_T=cache_rows_T,
             groups=token_groups(slots),
             spans=tuple(spans),
-            block_tables=tables,
+            spans_on_device=Spans.build(spans, [s.block_table for s in sequences], device),
         )
+
+    @property
+    def block_tables(self) -> list[Tensor]:
+        """int32 cache blocks of each sequence."""
+        tables_SB = self.spans_on_device.tables_SB
+        return [
+            table_B[: blocks_for(context)]
+            for table_B, (_, _, context) in zip(tables_SB, self.spans, strict=True)
+        ]
 
     @property
     def last_rows(self) -> list[int]:

@@ -7,7 +7,7 @@ a step may mix any variants and a reconfiguration is a copy into a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,22 +67,31 @@ class Decoder:
         self.cache = cache
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, before_layer: Callable[[int], None] | None = None) -> Tensor:
         """Run one step and write its keys and values to the cache.
+
+        Args:
+            batch: the step.
+            before_layer: called before weights are used that may still be on their way: with -1
+                for the embedding, each layer's number, and the number of layers for the head.
 
         Returns:
             hidden_TH after the final norm, in the order of the batch.
         """
         config = self.config
+        before_layer = before_layer or (lambda layer: None)
+        before_layer(-1)
         hidden_TH = self.weights["embed_tokens"][batch.slot_T, batch.token_ids_T]
         rotary = rotary_tables(
             batch.positions_T, config.head_dim, config.rope_theta, hidden_TH.dtype
         )
         for layer in range(config.num_layers):
+            before_layer(layer)
             normed_TH = self._norm(hidden_TH, layer_role(layer, "input_norm"), batch)
             hidden_TH = hidden_TH + self._attention(layer, normed_TH, batch, rotary)
             normed_TH = self._norm(hidden_TH, layer_role(layer, "post_attention_norm"), batch)
             hidden_TH = hidden_TH + self._experts(layer, normed_TH, batch)
+        before_layer(config.num_layers)
         return self._norm(hidden_TH, "final_norm", batch)
 
     @torch.inference_mode()

@@ -107,27 +107,27 @@ class NestedPool:
         layer: int,
     ) -> None:
         """Bind codes; `parts` are gate_up and down, `cache` may be shared between layers."""
-        self._parts = parts
-        self._faces = faces
+        self.parts = parts
+        self.faces = faces
         self._dtype = dtype
         self._cache = cache
         self._layer = layer
 
     @property
     def num_faces(self) -> int:
-        return len(self._faces)
+        return len(self.faces)
 
     def weights(self, face: int) -> tuple[Tensor, Tensor]:
         key = (self._layer, face)
         decoded = self._cache.get(key)
         if decoded is None:
-            gate_up, down = (self._decode(self._faces[face], idx) for idx in (0, 1))
+            gate_up, down = (self._decode(self.faces[face], idx) for idx in (0, 1))
             decoded = (gate_up, down)
             self._cache.put(key, decoded)
         return decoded
 
     def _decode(self, face: NestedFace, idx: int) -> Tensor:
-        part, (planes, private) = self._parts[idx], face.private[idx]
+        part, (planes, private) = self.parts[idx], face.private[idx]
         shared = {width: plane[face.slot] for width, plane in part.planes.items()}
         return decode(
             unpack_planes(shared, part.num_columns),

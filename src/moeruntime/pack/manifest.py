@@ -7,7 +7,7 @@ ranges, references), `reader` against the files' headers, `verify` against their
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moeruntime.codes import NestedCode, PrivateCode, plane_bytes, scale_columns
 from moeruntime.errors import IntegrityError
 from moeruntime.families import FAMILIES, Family, ModelConfig
 from moeruntime.strict_json import canonical_json, read_json
+from moeruntime.tensorfile import DTYPES
 
 __all__ = [
     "COMMON_FILE",
@@ -215,6 +216,26 @@ class Manifest:
                 row.append(numbers.setdefault(face, len(numbers)))
             faces_of[variant.name] = tuple(row)
         return list(numbers), faces_of
+
+    def face_bytes(self, layer: int, faces: Iterable[Face]) -> int:
+        """Bytes that a step reads of these experts: each slot once, and each private code."""
+        faces = list(faces)
+        slots = {face.slot for face in faces}
+        if self.nested is None:
+            itemsize = DTYPES[self.expert_dtype].itemsize
+            return len(slots) * self.config.expert_numel * itemsize
+        total = 0
+        for idx, part in enumerate(EXPERT_PARTS):
+            rows, columns = self.part_shape(part)
+            code = self.nested[part]
+            a_slot = plane_bytes(rows, columns, code.shared_bits)
+            total += len(slots) * (a_slot + 2 * rows * scale_columns(columns, code.group))
+            for variant in self.variants:
+                for face in (face for face in faces if face.variant == variant.name):
+                    assert face.expert is not None
+                    bits = variant.private_codes[layer][face.expert][idx].bits
+                    total += plane_bytes(rows, columns, bits)
+        return total
 
     def shared_roles(self) -> frozenset[str]:
         """Non-expert roles for which all variants refer to one and the same tensor."""

@@ -22,7 +22,7 @@ from moeruntime.pack.manifest import (
     variant_file,
     variant_folder,
 )
-from moeruntime.tensorfile import DTYPES, TensorFile, dtype_name
+from moeruntime.tensorfile import DTYPES, FileTensor, TensorFile, dtype_name
 
 __all__ = ["Pack"]
 
@@ -111,27 +111,29 @@ class Pack:
         """One layer's experts: `gate_up` [slots, 2I, H] (gate rows first), `down` [slots, H, I]."""
         return self._files[layer_file(layer)]
 
-    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
-        """Read one slot of `gate_up` or `down` into memory of the stored dtype."""
-        self.layer(layer).read_rows(part, slot, slot + 1, out=out[None])
+    def slot(self, layer: int, part: str, slot: int) -> tuple[FileTensor]:
+        """One slot's `gate_up` or `down`, to be read later."""
+        return (self.layer(layer).row(part, slot),)
 
-    def read_shared(self, layer: int, part: str) -> tuple[dict[int, Tensor], Tensor]:
-        """Read one part of all slots of a nested layer.
-
-        Returns:
-            The planes of the shared codes, width -> uint16 [slots, rows, words], and the scales,
-            bfloat16 [slots, rows, groups].
-        """
+    def shared_codes(self, layer: int, part: str) -> tuple[dict[int, FileTensor], FileTensor]:
+        """Planes and scales of one part of all slots of a nested layer, to be read later."""
         file = self.layer(layer)
         widths = plane_shapes(1, 1, self._nested[part].shared_bits)
-        return {w: file.read(f"{part}.{w}") for w in widths}, file.read(f"{part}.scale")
+        return {w: file.tensor(f"{part}.{w}") for w in widths}, file.tensor(f"{part}.scale")
 
-    def read_private(self, variant: str, layer: int, expert: int, part: str) -> dict[int, Tensor]:
-        """Read the private codes of one part of one variant's expert: width -> [rows, words]."""
+    def private_codes(
+        self, variant: str, layer: int, expert: int, part: str
+    ) -> dict[int, FileTensor]:
+        """Private planes of one part of one variant's expert, to be read later."""
         codes = self.variant(variant).private_codes[layer][expert]
         widths = plane_shapes(1, 1, codes[EXPERT_PARTS.index(part)].bits)
         file = private_file(variant, layer)
-        return {w: self._files[file].read(f"experts.{expert}.{part}.{w}") for w in widths}
+        return {w: self._files[file].tensor(f"experts.{expert}.{part}.{w}") for w in widths}
+
+    def non_expert(self, variant: str, role: str) -> FileTensor:
+        """One non-expert tensor of a variant, to be read later."""
+        ref = self.variant(variant).tensors[role]
+        return self._files[ref.file].tensor(ref.tensor)
 
     def read_expert(self, variant: str, layer: int, expert: int, part: str) -> Tensor:
         """One part of one variant's expert as a plain matrix of `expert_dtype`, decoded if need be.
@@ -142,15 +144,15 @@ class Pack:
         slot = entry.expert_map[layer][expert]
         dtype = DTYPES[self.manifest.expert_dtype]
         if self.manifest.nested is None:
-            return self.layer(layer).read_rows(part, slot, slot + 1)[0]
+            return self.layer(layer).row(part, slot).read()
         file, code = self.layer(layer), self._nested[part]
         num_columns = self.manifest.part_shape(part)[1]
         shared = {
-            w: file.read_rows(f"{part}.{w}", slot, slot + 1)[0]
-            for w in plane_shapes(1, 1, code.shared_bits)
+            w: file.row(f"{part}.{w}", slot).read() for w in plane_shapes(1, 1, code.shared_bits)
         }
-        scale_RG = file.read_rows(f"{part}.scale", slot, slot + 1)[0]
-        private = self.read_private(variant, layer, expert, part)
+        scale_RG = file.row(f"{part}.scale", slot).read()
+        stored = self.private_codes(variant, layer, expert, part)
+        private = {width: plane.read() for width, plane in stored.items()}
         weights_RC = decode(
             unpack_planes(shared, num_columns),
             scale_RG,
@@ -162,13 +164,11 @@ class Pack:
 
     def read_non_expert(self, variant: str, role: str) -> Tensor:
         """Read one non-expert tensor of a variant, in its stored dtype."""
-        ref = self.variant(variant).tensors[role]
-        return self._files[ref.file].read(ref.tensor)
+        return self.non_expert(variant, role).read()
 
     def non_expert_dtype(self, variant: str, role: str) -> torch.dtype:
         """The stored dtype of a non-expert tensor."""
-        ref = self.variant(variant).tensors[role]
-        return self._files[ref.file].entries[ref.tensor].dtype
+        return self.non_expert(variant, role).dtype
 
     def bytes_by_part(self) -> Mapping[str, int]:
         """Tensor bytes of the experts, of what variants have in common, and of each variant.

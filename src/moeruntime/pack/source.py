@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moeruntime.pack.manifest import Manifest, Variant
+from moeruntime.tensorfile import FileTensor
 
-__all__ = ["WeightSource"]
+__all__ = ["MadeTensor", "StoredTensor", "WeightSource"]
+
+
+@dataclass(frozen=True, slots=True)
+class MadeTensor:
+    """A tensor that is computed, not read.
+
+    Attributes:
+        dtype, shape: what it is.
+        fill: writes it into contiguous memory of this dtype and shape, on whatever device.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fill: Callable[[Tensor], None]
+
+
+StoredTensor = FileTensor | MadeTensor
+"""What a source hands out: nothing is read or made until `loading` has a place for it."""
 
 
 class WeightSource(Protocol):
-    """What loading needs to know. `Pack` is one; a single checkpoint can be dressed as one."""
+    """What loading needs to know.
+
+    `Pack` is one; a single checkpoint can be dressed as one, and `SyntheticSource` makes one up.
+    """
 
     @property
     def root(self) -> Path:
@@ -33,12 +58,33 @@ class WeightSource(Protocol):
         """A file of a variant's folder (tokenizer.json, ...), or None."""
         ...
 
-    def read_slot(self, layer: int, part: str, slot: int, *, out: Tensor) -> None:
-        """Read "gate_up" [2I, H] (gate rows first) or "down" [H, I] of one slot, as stored."""
+    def slot(self, layer: int, part: str, slot: int) -> Sequence[StoredTensor]:
+        """One slot's "gate_up" [2I, H] (gate rows first) or "down" [H, I].
+
+        Returns:
+            Tensors of `expert_dtype` whose rows follow one another.
+        """
         ...
 
-    def read_non_expert(self, variant: str, role: str) -> Tensor:
-        """Read one non-expert tensor of a variant, as stored."""
+    def shared_codes(
+        self, layer: int, part: str
+    ) -> tuple[Mapping[int, StoredTensor], StoredTensor]:
+        """One part of all slots of a nested layer.
+
+        Returns:
+            The planes of the shared codes, width -> uint16 [slots, rows, words], and the scales,
+            bfloat16 [slots, rows, groups].
+        """
+        ...
+
+    def private_codes(
+        self, variant: str, layer: int, expert: int, part: str
+    ) -> Mapping[int, StoredTensor]:
+        """One part of one variant's expert: private planes, width -> uint16 [rows, words]."""
+        ...
+
+    def non_expert(self, variant: str, role: str) -> StoredTensor:
+        """One non-expert tensor of a variant."""
         ...
 
     def close(self) -> None:

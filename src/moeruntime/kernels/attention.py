@@ -1,0 +1,345 @@
+"""Triton kernels for attention over a paged key-value cache.
+
+`decode_attention` takes one new token a sequence, cut into splits along the context so that a small
+batch fills the device; the split that finishes last puts the others' results together in a fixed
+order. `span_attention` takes any number of new tokens a sequence (flash attention, Dao 2023): what
+prefill and mixed steps use.
+
+Legend: T tokens, Q query heads, KV key-value heads, D head dimension, B tokens of a cache block,
+S splits, G query heads of a key-value head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeruntime.kernels.spans import SPAN_ROWS, Spans
+
+__all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attention"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _turn(first, second, cos, sin):
+    """Rotate halves by an angle; both halves, as they are stored."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _rotate_kernel(
+    qkv, position_T, row_T, cos, sin, query, keys, values,
+    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0), tl.program_id(1)
+    half = tl.arange(0, HALF)
+    inside = half < D // 2
+    source = qkv + token.to(tl.int64) * ((Q + 2 * KV) * D) + head * D + half
+    first = tl.load(source, inside, other=0.0)
+    second = tl.load(source + D // 2, inside, other=0.0)
+    if head < Q + KV:
+        angle = tl.load(position_T + token) * (D // 2) + half
+        c = tl.load(cos + angle, inside, other=0.0)
+        s = tl.load(sin + angle, inside, other=0.0)
+        turned, other = _turn(first.to(tl.float32), second.to(tl.float32), c, s)
+        first, second = turned.to(qkv.dtype.element_ty), other.to(qkv.dtype.element_ty)
+    if head < Q:
+        target = query + (token.to(tl.int64) * Q + head) * D + half
+    elif head < Q + KV:
+        target = keys + (tl.load(row_T + token) * KV + head - Q) * D + half
+    else:
+        target = values + (tl.load(row_T + token) * KV + head - Q - KV) * D + half
+    tl.store(target, first, inside)
+    tl.store(target + D // 2, second, inside)
+
+
+def rotate_and_store(
+    qkv_TC: Tensor,
+    position_T: Tensor,
+    row_T: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    *,
+    out_TQD: Tensor,
+) -> None:
+    """Rotate queries and keys, and write keys and values to the cache.
+
+    Args:
+        qkv_TC: queries, keys and values side by side, [T, (Q + 2 KV) * D].
+        position_T: int64.
+        row_T: int64 cache rows, block * B + row within it.
+        rotary: float32 cosines and sines [positions, D / 2].
+        keys: cache [blocks, B, KV, D].
+        values: the same for values.
+        out_TQD: receives the rotated queries.
+    """
+    num_tokens, num_query, head_dim = out_TQD.shape
+    num_kv = keys.shape[2]
+    _rotate_kernel[(num_tokens, num_query + 2 * num_kv)](
+        qkv_TC, position_T, row_T, *rotary, out_TQD, keys, values,
+        Q=num_query, KV=num_kv, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+    )  # fmt: skip
+
+
+class DecodeScratch:
+    """Where splits leave their sums; reused by every layer of a step."""
+
+    def __init__(
+        self,
+        max_tokens: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        splits: int,
+        device: torch.device,
+    ) -> None:
+        """Allocate for `splits` of every (token, key-value head)."""
+        self.splits = splits
+        heads = (max_tokens, splits, num_heads)
+        self.sums = torch.zeros(*heads, head_dim, dtype=torch.float32, device=device)
+        self.totals = torch.zeros(2, *heads, dtype=torch.float32, device=device)
+        # Each combining split puts its counter back to 0.
+        self.arrived = torch.zeros(max_tokens, num_kv_heads, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _decode_kernel(
+    qkv, position_T, variant_T, tables, cos, sin, keys, values, out,
+    sums, totals, arrived, table_stride, totals_half, window, scale,
+    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    token, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if tl.load(variant_T + token) < 0:
+        return
+    position = tl.load(position_T + token).to(tl.int32)
+    dtype = qkv.dtype.element_ty
+    half, dims, heads = tl.arange(0, HALF), tl.arange(0, DIM), tl.arange(0, 16)
+    in_half, in_dims, in_heads = half < D // 2, dims < D, heads < G
+    cos_row = tl.load(cos + position * (D // 2) + half, in_half, other=0.0)
+    sin_row = tl.load(sin + position * (D // 2) + half, in_half, other=0.0)
+    qkv += token.to(tl.int64) * ((Q + 2 * KV) * D)
+    q_at = qkv + (kv * G + heads)[:, None] * D + half[None, :]
+    q_in = in_heads[:, None] & in_half[None, :]
+    q_first, q_second = _turn(
+        tl.load(q_at, q_in, other=0.0).to(tl.float32),
+        tl.load(q_at + D // 2, q_in, other=0.0).to(tl.float32),
+        cos_row[None, :],
+        sin_row[None, :],
+    )
+    q_first, q_second = q_first.to(dtype), q_second.to(dtype)
+
+    # The new token's own key and value are not in the cache yet: the last split brings them.
+    begin = tl.maximum(0, position - window + 1)
+    per_split = tl.cdiv(tl.cdiv(position - begin, SPLITS), STEP) * STEP
+    low = begin + split * per_split
+    high = tl.minimum(low + per_split, position)
+    largest = tl.full((16,), float("-inf"), tl.float32)
+    total = tl.zeros((16,), tl.float32)
+    acc = tl.zeros((16, DIM), tl.float32)
+    for at in tl.range(low, high, STEP):
+        where = at + tl.arange(0, STEP)
+        inside = where < high
+        block = tl.load(tables + token * table_stride + where // BLOCK, inside, other=0)
+        row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
+        k_at = keys + row[None, :] * D + half[:, None]
+        k_in = inside[None, :] & in_half[:, None]
+        scores = tl.dot(q_first, tl.load(k_at, k_in, other=0.0), input_precision=PRECISION)
+        scores = tl.dot(
+            q_second, tl.load(k_at + D // 2, k_in, other=0.0), scores, input_precision=PRECISION
+        )
+        scores = tl.where(inside[None, :], scores * (scale * LOG2_E), float("-inf"))
+        peak = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - peak[:, None])
+        shrink = tl.exp2(largest - peak)
+        v_at = values + row[:, None] * D + dims[None, :]
+        v = tl.load(v_at, inside[:, None] & in_dims[None, :], other=0.0)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        largest = peak
+    if split == SPLITS - 1:
+        k_at = qkv + (Q + kv) * D + half
+        k_first, k_second = _turn(
+            tl.load(k_at, in_half, other=0.0).to(tl.float32),
+            tl.load(k_at + D // 2, in_half, other=0.0).to(tl.float32),
+            cos_row,
+            sin_row,
+        )
+        k_first, k_second = k_first.to(dtype), k_second.to(dtype)
+        v_own = tl.load(qkv + (Q + KV + kv) * D + dims, in_dims, other=0.0)
+        block = tl.load(tables + token * table_stride + position // BLOCK).to(tl.int64)
+        row = (block * BLOCK + position % BLOCK) * KV + kv
+        tl.store(keys + row * D + half, k_first, in_half)
+        tl.store(keys + row * D + D // 2 + half, k_second, in_half)
+        tl.store(values + row * D + dims, v_own, in_dims)
+        own = tl.sum(q_first.to(tl.float32) * k_first.to(tl.float32)[None, :], axis=1)
+        own += tl.sum(q_second.to(tl.float32) * k_second.to(tl.float32)[None, :], axis=1)
+        own *= scale * LOG2_E
+        peak = tl.maximum(largest, own)
+        weight, shrink = tl.exp2(own - peak), tl.exp2(largest - peak)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + weight[:, None] * v_own.to(tl.float32)[None, :]
+        largest = peak
+
+    out_at = out + (token * Q + kv * G + heads)[:, None] * D + dims[None, :]
+    out_in = in_heads[:, None] & in_dims[None, :]
+    if SPLITS == 1:
+        tl.store(out_at, (acc / total[:, None]).to(dtype), out_in)
+    else:
+        mine = (token * SPLITS + split) * Q + kv * G + heads
+        tl.store(sums + mine[:, None] * D + dims[None, :], acc, out_in)
+        tl.store(totals + mine, largest, in_heads)
+        tl.store(totals + totals_half + mine, total, in_heads)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + token * KV + kv, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrived + token * KV + kv, 0)
+            peak = tl.full((16,), float("-inf"), tl.float32)
+            whole = tl.zeros((16,), tl.float32)
+            mixed = tl.zeros((16, DIM), tl.float32)
+            for one in tl.static_range(SPLITS):
+                theirs = (token * SPLITS + one) * Q + kv * G + heads
+                high_one = tl.load(totals + theirs, in_heads, other=0.0, cache_modifier=".cg")
+                total_one = tl.load(
+                    totals + totals_half + theirs, in_heads, other=1.0, cache_modifier=".cg"
+                )
+                sum_one = tl.load(
+                    sums + theirs[:, None] * D + dims[None, :],
+                    out_in,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                higher = tl.maximum(peak, high_one)
+                # A split without tokens has no peak, and weighs nothing.
+                keep = tl.where(peak > float("-inf"), tl.exp2(peak - higher), 0.0)
+                add = tl.where(high_one > float("-inf"), tl.exp2(high_one - higher), 0.0)
+                whole = whole * keep + total_one * add
+                mixed = mixed * keep[:, None] + sum_one * add[:, None]
+                peak = higher
+            tl.store(out_at, (mixed / whole[:, None]).to(dtype), out_in)
+
+
+def decode_attention(
+    qkv_TC: Tensor,
+    position_T: Tensor,
+    variant_T: Tensor,
+    tables_TB: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    scratch: DecodeScratch,
+    sliding_window: int | None,
+    *,
+    out_TC: Tensor,
+) -> None:
+    """Rotate, store and attend: one new token of each sequence over its cached ones.
+
+    Args:
+        qkv_TC: queries, keys and values side by side, [T, (Q + 2 KV) * D].
+        position_T: int64; also how many tokens each sequence has in the cache.
+        variant_T: int64; -1 where a row only fills the batch up and is left alone.
+        tables_TB: int32 block tables, a row a sequence.
+        rotary: float32 cosines and sines [positions, D / 2].
+        keys: cache [blocks, B, KV, D]; the new tokens' keys are written to it.
+        values: the same for values.
+        scratch: for the splits.
+        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
+        out_TC: [T, Q * D].
+    """
+    num_tokens = qkv_TC.shape[0]
+    block, num_kv, head_dim = keys.shape[1:]
+    num_query = out_TC.shape[1] // head_dim
+    assert num_query // num_kv <= 16
+    _decode_kernel[(num_tokens, num_kv, scratch.splits)](
+        qkv_TC, position_T, variant_T, tables_TB, *rotary, keys, values, out_TC,
+        scratch.sums, scratch.totals, scratch.arrived,
+        tables_TB.stride(0), scratch.totals.stride(0), sliding_window or 2**30, head_dim**-0.5,
+        Q=num_query, KV=num_kv, D=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)),
+        DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block, STEP=64,
+        SPLITS=scratch.splits, PRECISION="ieee" if qkv_TC.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _span_kernel(
+    query, keys, values, out, tiles, starts, stops, contexts, tables, table_stride, window, scale,
+    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    span = tl.load(tiles + 2 * tl.program_id(1))
+    first_row = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    start, stop = tl.load(starts + span), tl.load(stops + span)
+    context = tl.load(contexts + span)
+    dtype = query.dtype.element_ty
+    rows, dims = start + first_row + tl.arange(0, ROWS), tl.arange(0, DIM)
+    in_rows, in_dims = (rows < stop)[:, None], dims < D
+    place = context - (stop - start) + first_row + tl.arange(0, ROWS)
+    q_at = query + (rows.to(tl.int64)[:, None] * Q + head) * D + dims[None, :]
+    q = tl.load(q_at, in_rows & in_dims[None, :], other=0.0)
+    first_place = context - (stop - start) + first_row
+    low = tl.maximum(0, first_place - window + 1) // STEP * STEP
+    high = tl.minimum(first_place + ROWS, context)
+    largest = tl.full((ROWS,), -1e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DIM), tl.float32)
+    for at in tl.range(low, high, STEP):
+        where = at + tl.arange(0, STEP)
+        inside = where < high
+        block = tl.load(tables + span * table_stride + where // BLOCK, inside, other=0)
+        row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + head // G
+        k = tl.load(
+            keys + row[None, :] * D + dims[:, None], inside[None, :] & in_dims[:, None], other=0.0
+        )
+        scores = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2_E)
+        seen = (where[None, :] <= place[:, None]) & (where[None, :] > place[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        peak = tl.maximum(largest, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - peak[:, None])
+        shrink = tl.exp2(largest - peak)
+        v = tl.load(
+            values + row[:, None] * D + dims[None, :], inside[:, None] & in_dims[None, :], other=0.0
+        )
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        largest = peak
+    target = out + (rows.to(tl.int64)[:, None] * Q + head) * D + dims[None, :]
+    tl.store(target, (acc / total[:, None]).to(dtype), in_rows & in_dims[None, :])
+
+
+def span_attention(
+    query_TQD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Spans,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens over its cached ones, which include them.
+
+    Args:
+        query_TQD: rotated queries.
+        keys: cache [blocks, B, KV, D].
+        values: the same for values.
+        spans: the sequences.
+        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
+
+    Returns:
+        [T, Q * D] in the query's dtype.
+    """
+    num_query, head_dim = query_TQD.shape[1:]
+    block, num_kv = keys.shape[1:3]
+    out = torch.empty_like(query_TQD)
+    exact = query_TQD.dtype == torch.float32
+    _span_kernel[(num_query, len(spans.tiles_N2))](
+        query_TQD, keys, values, out, spans.tiles_N2, *spans.rows_3S, spans.tables_SB,
+        spans.tables_SB.stride(0), sliding_window or 2**30, head_dim**-0.5,
+        Q=num_query, KV=num_kv, D=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
+        G=num_query // num_kv, BLOCK=block, ROWS=SPAN_ROWS, STEP=32 if exact else 64,
+        PRECISION="ieee" if exact else "tf32", num_warps=8, num_stages=1 if exact else 3,
+    )  # fmt: skip
+    return out.flatten(1)

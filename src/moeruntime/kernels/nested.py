@@ -1,0 +1,200 @@
+"""Triton kernels for the experts of a step: nested codes of any kind, decoded inside the product.
+
+Codes are never expanded in memory. Each weight's bits are gathered one by one, which serves any
+code and any shape, and is slow: the codes and shapes of real models have `nested_fast`.
+
+Legend: M rows of a program, N tokens of a tile, C columns, J words of a plane's row, F faces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moeruntime.kernels.norms import FaceLists, find_tile
+from moeruntime.kernels.projections import Shape
+
+__all__ = ["FacePart", "down", "gate_up"]
+
+
+@dataclass(frozen=True, slots=True)
+class FacePart:
+    """One part of all faces of a layer, as the kernels read it.
+
+    Attributes:
+        num_rows, num_columns: R and C.
+        shared_bits, group: of the slots' code.
+        planes: width -> int16 words [slots, rows, J]; widths that the code has none of are absent.
+        scale_SRG: bfloat16.
+        faces_F6: int64; slot, private bits, step, and the addresses of the private planes
+            [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
+    """
+
+    num_rows: int
+    num_columns: int
+    shared_bits: int
+    group: int
+    planes: dict[int, Tensor]
+    scale_SRG: Tensor
+    faces_F6: Tensor
+
+
+@triton.jit
+def _gather(words, columns, inside, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Fields of one plane at `columns`; `words` points at each row's first word."""
+    J: tl.constexpr = (C * WIDTH + 15) // 16
+    word = tl.load(words + columns % J, inside, other=0).to(tl.int32) & 0xFFFF
+    return (word >> (columns // J * WIDTH)) & (2**WIDTH - 1)
+
+
+@triton.jit
+def _product(
+    plane4, plane2, plane1, scales, face, rows, own, rows_in, x, pairs_in,
+    M: tl.constexpr, N: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows [M] of one face's matrix times the tokens [N] whose columns begin at `x`."""
+    J4: tl.constexpr = (C * 4 + 15) // 16
+    J2: tl.constexpr = (C * 2 + 15) // 16
+    J1: tl.constexpr = (C + 15) // 16
+    bits, step = tl.load(face + 1), tl.load(face + 2)
+    own = own[:, None]
+    own4 = tl.load(face + 3).to(tl.pointer_type(tl.int16)) + own * J4
+    own2 = tl.load(face + 4).to(tl.pointer_type(tl.int16)) + own * J2
+    own1 = tl.load(face + 5).to(tl.pointer_type(tl.int16)) + own * J1
+    scales += rows[:, None] * ((C + GROUP - 1) // GROUP)
+    rows = rows[:, None]
+    centre = (2**SHARED - 1) * 2 ** (7 - SHARED) * 0.5
+    centre += step.to(tl.float32) * ((tl.full((), 1, tl.int32) << bits.to(tl.int32)) - 1) * 0.5
+    sums = tl.zeros((M, N), tl.float32)
+    for at in tl.range(0, C, STEP):
+        columns = at + tl.arange(0, STEP)
+        columns_in = columns < C
+        inside = rows_in[:, None] & columns_in[None, :]
+        column = tl.where(columns_in, columns, 0)[None, :]
+        shared = tl.zeros((M, STEP), tl.int32)
+        if SHARED & 4:
+            shared = _gather(plane4 + rows * J4, column, inside, C, 4)
+        if SHARED & 2:
+            shared = (shared << 2) | _gather(plane2 + rows * J2, column, inside, C, 2)
+        if SHARED & 1:
+            shared = (shared << 1) | _gather(plane1 + rows * J1, column, inside, C, 1)
+        level = shared << (7 - SHARED)
+        refined = tl.zeros((M, STEP), tl.int32)
+        if (bits & 4) != 0:
+            refined = _gather(own4, column, inside, C, 4)
+        if (bits & 2) != 0:
+            refined = (refined << 2) | _gather(own2, column, inside, C, 2)
+        if (bits & 1) != 0:
+            refined = (refined << 1) | _gather(own1, column, inside, C, 1)
+        level += refined * step.to(tl.int32)
+        scale = tl.load(scales + column // GROUP, inside, other=0.0).to(tl.float32)
+        x_in = columns_in[:, None] & pairs_in[None, :]
+        x_tile = tl.load(x + columns[:, None], x_in, other=0.0)
+        weights = ((level.to(tl.float32) - centre) * scale).to(x_tile.dtype)
+        sums = tl.dot(weights, x_tile, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _nested_gate_up_kernel(
+    x, plane4, plane2, plane1, scales, faces, out,
+    counts, pairs, capacity,
+    F: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
+    SHARED: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    number, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
+    if number >= F:
+        return
+    place = first + tl.arange(0, TOKENS)
+    pairs_in = place < count
+    pair = tl.load(pairs + number.to(tl.int64) * capacity + place, pairs_in, other=0)
+    face = faces + number * 6
+    # Half of the rows are gate_proj's, the other half up_proj's of the same neurons.
+    lane = tl.arange(0, 2 * ROWS)
+    neuron = tl.program_id(1) * ROWS + lane % ROWS
+    own = (lane // ROWS) * I + neuron
+    both = _product(
+        plane4, plane2, plane1, scales, face, tl.load(face) * (2 * I) + own, own, neuron < I,
+        x + (pair // K)[None, :] * H, pairs_in, 2 * ROWS, TOKENS, H, SHARED, GROUP, STEP, PRECISION,
+    )  # fmt: skip
+    gate, up = both.reshape(2, ROWS, TOKENS).permute(1, 2, 0).split()
+    inner = gate / (1.0 + tl.exp(-gate)) * up
+    neurons = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    target = out + pair[None, :] * I + neurons[:, None]
+    tl.store(target, inner.to(out.dtype.element_ty), (neurons < I)[:, None] & pairs_in[None, :])
+
+
+@triton.jit
+def _nested_down_kernel(
+    x, plane4, plane2, plane1, scales, faces, out, weights_TK,
+    counts, pairs, capacity,
+    F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    number, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
+    if number >= F:
+        return
+    place = first + tl.arange(0, TOKENS)
+    pairs_in = place < count
+    pair = tl.load(pairs + number.to(tl.int64) * capacity + place, pairs_in, other=0)
+    face = faces + number * 6
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    sums = _product(
+        plane4, plane2, plane1, scales, face, tl.load(face) * H + row, row, row < H,
+        x + pair[None, :] * I, pairs_in,
+        ROWS, TOKENS, I, SHARED, GROUP, STEP, PRECISION,
+    )  # fmt: skip
+    sums *= tl.load(weights_TK + pair, pairs_in, other=0.0)[None, :]
+    target = out + pair[None, :] * H + row[:, None]
+    tl.store(target, sums, (row < H)[:, None] & pairs_in[None, :])
+
+
+def _codes(part: FacePart) -> tuple[Tensor, ...]:
+    """The part's tensors in the kernels' order; absent planes are never read."""
+    first = next(iter(part.planes.values()))
+    planes = (part.planes.get(width, first) for width in (4, 2, 1))
+    return (*planes, part.scale_SRG, part.faces_F6)
+
+
+def gate_up(
+    x_TH: Tensor, part: FacePart, lists: FaceLists, layer: int, shape: Shape, *, out_MI: Tensor
+) -> None:
+    """silu(gate_proj x) * (up_proj x) of every pair, as `experts.gate_up`."""
+    num_tokens, hidden = x_TH.shape
+    inner, top_k = part.num_rows // 2, lists.weights_TK.shape[1]
+    num_pairs = num_tokens * top_k
+    grid = (lists.num_tiles(num_pairs, shape.tokens), triton.cdiv(inner, shape.rows))
+    _nested_gate_up_kernel[grid](
+        x_TH, *_codes(part), out_MI,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.pairs_LFC.shape[2],
+        F=lists.counts_LF.shape[1], H=hidden, I=inner, K=top_k,
+        SHARED=part.shared_bits, GROUP=part.group, ROWS=shape.rows,
+        STEP=shape.step, TOKENS=shape.tokens,
+        PRECISION="ieee" if x_TH.dtype == torch.float32 else "tf32",
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+
+
+def down(
+    x_MI: Tensor, part: FacePart, lists: FaceLists, layer: int, shape: Shape, *, out_MSH: Tensor
+) -> None:
+    """down_proj of every pair, times its routing weight, as `experts.down`; one part."""
+    num_pairs, inner = x_MI.shape
+    grid = (lists.num_tiles(num_pairs, shape.tokens), triton.cdiv(part.num_rows, shape.rows))
+    _nested_down_kernel[grid](
+        x_MI, *_codes(part), out_MSH, lists.weights_TK,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.pairs_LFC.shape[2],
+        F=lists.counts_LF.shape[1], I=inner, H=part.num_rows,
+        SHARED=part.shared_bits, GROUP=part.group, ROWS=shape.rows,
+        STEP=shape.step, TOKENS=shape.tokens,
+        PRECISION="ieee" if x_MI.dtype == torch.float32 else "tf32",
+        num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip

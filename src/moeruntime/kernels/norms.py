@@ -1,0 +1,289 @@
+"""Triton kernels for the small steps between the products of a decode step.
+
+Each adds what the products before it left behind and prepares what the next one reads, so that a
+layer is few launches. The residual stream is float32. Partial results come as `parts_TPH`, added up
+in order: nothing here depends on which program finished first.
+
+Legend: T tokens, P parts, H hidden, E logical experts, K experts a token, F faces, R resident
+slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["FaceLists", "add_norm", "find_tile", "gated", "route"]
+
+CHUNK = 512
+
+
+@triton.jit
+def _sum_parts(
+    residual, parts, rows, shares, token, offsets, inside, P: tl.constexpr, H: tl.constexpr,
+    GATHERED: tl.constexpr,
+):  # fmt: skip
+    """A chunk of one token's residual with its parts added."""
+    x = tl.load(residual + token * H + offsets, inside, other=0.0)
+    for part in tl.static_range(P):
+        if GATHERED:
+            row = tl.load(rows + token * P + part).to(tl.int64)
+            more = tl.load(parts + row * H + offsets, inside, other=0.0).to(tl.float32)
+            x += more * tl.load(shares + token * P + part)
+        else:
+            row = token.to(tl.int64) * P + part
+            x += tl.load(parts + row * H + offsets, inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _scale(
+    residual, parts, rows, shares, token, eps, P: tl.constexpr, H: tl.constexpr,
+    CHUNK: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """One over the root mean square of a token's residual with its parts."""
+    squares = tl.zeros((CHUNK,), tl.float32)
+    for start in tl.range(0, H, CHUNK):
+        offsets = start + tl.arange(0, CHUNK)
+        x = _sum_parts(residual, parts, rows, shares, token, offsets, offsets < H, P, H, GATHERED)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares) / H + eps)
+
+
+@triton.jit
+def _add_norm_kernel(
+    residual, parts, rows, shares, weight, slot_T, out, slot_stride, eps,
+    P: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    weight += tl.load(slot_T + token) * slot_stride
+    scale = _scale(residual, parts, rows, shares, token, eps, P, H, CHUNK, GATHERED)
+    for start in tl.range(0, H, CHUNK):
+        offsets = start + tl.arange(0, CHUNK)
+        inside = offsets < H
+        x = _sum_parts(residual, parts, rows, shares, token, offsets, inside, P, H, GATHERED)
+        normed = x * scale * tl.load(weight + offsets, inside, other=0.0).to(tl.float32)
+        if P > 0:
+            tl.store(residual + token * H + offsets, x, inside)
+        tl.store(out + token * H + offsets, normed.to(out.dtype.element_ty), inside)
+
+
+def add_norm(
+    residual_TH: Tensor,
+    parts: Tensor | None,
+    weight_RH: Tensor,
+    slot_T: Tensor,
+    eps: float,
+    *,
+    out_TH: Tensor,
+    rows_TP: Tensor | None = None,
+    shares_TP: Tensor | None = None,
+) -> None:
+    """Add parts to the residual, in place, and write its norm by each token's own variant.
+
+    Args:
+        residual_TH: float32.
+        parts: [T, P, H] of any float dtype; None where there is nothing to add.
+        weight_RH: norm weights of the resident slots; slot stride 0 where all share one.
+        slot_T: int64.
+        eps: added to the mean square.
+        out_TH: the normed tokens, in the dtype of the products that read them.
+        rows_TP: int64; if given, `parts` is [rows, H] and these are each token's.
+        shares_TP: float32; what those are multiplied by.
+    """
+    num_tokens, hidden = residual_TH.shape
+    gathered = rows_TP is not None
+    num_parts = 0 if parts is None else parts.shape[1]
+    if rows_TP is not None:
+        num_parts = rows_TP.shape[1]
+    nothing = residual_TH
+    _add_norm_kernel[(num_tokens,)](
+        residual_TH, nothing if parts is None else parts, nothing if rows_TP is None else rows_TP,
+        nothing if shares_TP is None else shares_TP, weight_RH, slot_T, out_TH,
+        weight_RH.stride(0), eps,
+        P=num_parts, H=hidden, CHUNK=_chunk(hidden), GATHERED=gathered, num_warps=4,
+    )  # fmt: skip
+
+
+class FaceLists:
+    """Which (token, choice) pairs each face of each layer is to serve in a step.
+
+    Attributes:
+        counts_LF: int32; pairs of each face; F is rounded up to a power of 2.
+        pairs_LFC: int32; the pairs, token * K + choice, in no particular order.
+        weights_TK: float32 routing weights of the layer routed last.
+    """
+
+    def __init__(
+        self, num_layers: int, num_faces: int, max_tokens: int, top_k: int, device: torch.device
+    ) -> None:
+        """Allocate; `reset` empties the lists before every step."""
+        # Rows begin at 16 bytes, so that kernels are compiled for one alignment.
+        width, num_pairs = (
+            max(4, triton.next_power_of_2(num_faces)),
+            -(-max_tokens * top_k // 4) * 4,
+        )
+        self.counts_LF = torch.zeros(num_layers, width, dtype=torch.int32, device=device)
+        self.pairs_LFC = torch.zeros(
+            num_layers, num_faces, num_pairs, dtype=torch.int32, device=device
+        )
+        self.weights_TK = torch.zeros(max_tokens, top_k, dtype=torch.float32, device=device)
+
+    @classmethod
+    def of(cls, faces_TK: Tensor, weights_TK: Tensor, num_faces: int) -> FaceLists:
+        """The lists of one layer whose tokens are routed already.
+
+        Args:
+            faces_TK: int64.
+            weights_TK: float32.
+            num_faces: of the layer.
+        """
+        num_tokens, top_k = faces_TK.shape
+        lists = cls(1, num_faces, num_tokens, top_k, faces_TK.device)
+        lists.weights_TK.copy_(weights_TK)
+        faces_M = faces_TK.flatten()
+        order_M = faces_M.argsort(stable=True)
+        ones_M = torch.ones_like(faces_M, dtype=torch.int32)
+        counts_F = lists.counts_LF[0].scatter_add_(0, faces_M, ones_M)
+        first_F = counts_F.cumsum(0) - counts_F
+        sorted_M = faces_M[order_M]
+        place_M = torch.arange(len(order_M), device=order_M.device) - first_F[sorted_M]
+        lists.pairs_LFC[0, sorted_M, place_M] = order_M.int()
+        return lists
+
+    def num_tiles(self, num_pairs: int, tokens: int) -> int:
+        """Most tiles of up to `tokens` pairs of one face that so many pairs can form."""
+        num_faces = self.counts_LF.shape[1]
+        return min(num_pairs, (num_pairs + num_faces * (tokens - 1)) // tokens)
+
+    def reset(self) -> None:
+        """Forget all pairs."""
+        self.counts_LF.zero_()
+
+
+@triton.jit
+def find_tile(counts, number, F: tl.constexpr, TOKENS: tl.constexpr):
+    """The face, first place on its list and length of the list of tile `number`, faces in order.
+
+    A program finds its work by itself: no list of tiles has to be made first.
+    """
+    faces = tl.arange(0, F)
+    count_F = tl.load(counts + faces)
+    tiles_F = (count_F + TOKENS - 1) // TOKENS
+    face = tl.sum((tl.cumsum(tiles_F) <= number).to(tl.int32))
+    before = tl.sum(tl.where(faces < face, tiles_F, 0))
+    count = tl.sum(tl.where(faces == face, count_F, 0))
+    return face, (number - before) * TOKENS, count
+
+
+@triton.jit
+def _route_kernel(
+    residual, parts, norm, router, slot_T, variant_T, faces, out,
+    counts, pairs, weights,
+    norm_stride, router_stride, faces_stride, capacity, eps,
+    P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
+    K_POW2: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    slot, variant = tl.load(slot_T + token), tl.load(variant_T + token)
+    norm += slot * norm_stride
+    router += slot * router_stride
+    scale = _scale(residual, parts, parts, parts, token, eps, P, H, CHUNK, False)
+    experts = tl.arange(0, E_POW2)
+    logits_EC = tl.zeros((E_POW2, CHUNK), tl.float32)
+    for start in tl.range(0, H, CHUNK):
+        offsets = start + tl.arange(0, CHUNK)
+        inside = offsets < H
+        x = _sum_parts(residual, parts, parts, parts, token, offsets, inside, P, H, False)
+        tl.store(residual + token * H + offsets, x, inside)
+        normed = x * scale * tl.load(norm + offsets, inside, other=0.0).to(tl.float32)
+        normed = normed.to(out.dtype.element_ty)
+        tl.store(out + token * H + offsets, normed, inside)
+        both = (experts[:, None] < E) & inside[None, :]
+        rows_EC = tl.load(router + experts[:, None] * H + offsets[None, :], both, other=0.0)
+        logits_EC += rows_EC.to(tl.float32) * normed.to(tl.float32)[None, :]
+    logits_E = tl.where(experts < E, tl.sum(logits_EC, axis=1), float("-inf"))
+    largest = tl.max(logits_E)
+    choices = tl.arange(0, K_POW2)
+    chosen_K = tl.zeros((K_POW2,), tl.int32)
+    weight_K = tl.zeros((K_POW2,), tl.float32)
+    for rank in tl.static_range(K):
+        best = tl.argmax(logits_E, axis=0)
+        value = tl.exp(tl.max(logits_E) - largest)
+        chosen_K = tl.where(choices == rank, best, chosen_K)
+        weight_K = tl.where(choices == rank, value, weight_K)
+        logits_E = tl.where(experts == best, float("-inf"), logits_E)
+    real = choices < K
+    tl.store(weights + token * K + choices, weight_K / tl.sum(weight_K), real)
+    if variant >= 0:  # a row that only fills the batch up meets no expert
+        face_K = tl.load(faces + variant * faces_stride + chosen_K, real, other=0).to(tl.int32)
+        place_K = tl.atomic_add(counts + face_K, 1, real)
+        tl.store(pairs + face_K * capacity + place_K, token * K + choices, real)
+
+
+def route(
+    residual_TH: Tensor,
+    parts_TPH: Tensor,
+    norm_RH: Tensor,
+    router_REH: Tensor,
+    slot_T: Tensor,
+    variant_T: Tensor,
+    faces_VE: Tensor,
+    lists: FaceLists,
+    layer: int,
+    eps: float,
+    *,
+    out_TH: Tensor,
+) -> None:
+    """Add parts to the residual, write its norm, and put each token on its experts' lists.
+
+    Mixtral's rule, as `models.moe.route` has it; the map to faces comes after the choice.
+
+    Args:
+        residual_TH: float32, changed in place.
+        parts_TPH: float32, to be added first.
+        norm_RH: norm weights of the resident slots.
+        router_REH: routers of the resident slots.
+        slot_T: int64 resident slots.
+        variant_T: int64 rows of `faces_VE`; -1 where a row only fills the batch up.
+        faces_VE: int64; variant, logical expert -> face of this layer.
+        lists: receives the pairs of `layer` and all routing weights.
+        layer: the layer's index.
+        eps: added to the mean square.
+        out_TH: the normed tokens.
+    """
+    num_tokens, hidden = residual_TH.shape
+    num_experts, top_k = router_REH.shape[1], lists.weights_TK.shape[1]
+    _route_kernel[(num_tokens,)](
+        residual_TH, parts_TPH, norm_RH, router_REH, slot_T, variant_T, faces_VE, out_TH,
+        lists.counts_LF[layer], lists.pairs_LFC[layer], lists.weights_TK,
+        norm_RH.stride(0), router_REH.stride(0), faces_VE.stride(0), lists.pairs_LFC.shape[2], eps,
+        P=parts_TPH.shape[1], H=hidden, E=num_experts,
+        E_POW2=triton.next_power_of_2(num_experts), K=top_k,
+        K_POW2=triton.next_power_of_2(top_k), CHUNK=_chunk(hidden), num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gated_kernel(both, out, num, I: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num
+    row, column = place // I, place % I
+    gate = tl.load(both + row * 2 * I + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * I + I + column, inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), inside)
+
+
+def gated(both_MI: Tensor) -> Tensor:
+    """Silu of the first half of each row, times the second half."""
+    out = both_MI.new_empty(both_MI.shape[0], both_MI.shape[1] // 2)
+    _gated_kernel[(triton.cdiv(out.numel(), 4096),)](
+        both_MI, out, out.numel(), I=out.shape[1], BLOCK=4096, num_warps=8
+    )
+    return out
+
+
+def _chunk(hidden: int) -> int:
+    return int(min(CHUNK, triton.next_power_of_2(hidden)))

@@ -1,0 +1,53 @@
+"""Where each sequence of a step has its tokens, as attention kernels read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SPAN_ROWS", "Spans"]
+
+SPAN_ROWS = 128
+"""New tokens of one sequence that a program of `span_attention` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The sequences of a step, on the device.
+
+    Attributes:
+        tiles_N2: int32 (sequence, first row within it), one for every SPAN_ROWS new tokens.
+        rows_3S: int32; of each sequence the first row among the step's tokens, the row past its
+            last, and its tokens in the cache, the new ones included.
+        tables_SB: int32 block tables, a row a sequence.
+    """
+
+    tiles_N2: Tensor
+    rows_3S: Tensor
+    tables_SB: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        spans: Sequence[tuple[int, int, int]],
+        block_tables: Sequence[Sequence[int]],
+        device: torch.device,
+    ) -> Spans:
+        """Lay out (start, stop, context) and the blocks of each sequence; one transfer."""
+        tiles = [
+            number
+            for idx, (start, stop, _) in enumerate(spans)
+            for first in range(0, stop - start, SPAN_ROWS)
+            for number in (idx, first)
+        ]
+        columns = [number for column in zip(*spans, strict=True) for number in column]
+        width = max(len(table) for table in block_tables)
+        blocks = [n for table in block_tables for n in (*table, *[0] * (width - len(table)))]
+        packed = torch.tensor([*tiles, *columns, *blocks], dtype=torch.int32)
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        parts = packed.to(device, non_blocking=True).split([len(tiles), len(columns), len(blocks)])
+        return cls(parts[0].view(-1, 2), parts[1].view(3, -1), parts[2].view(len(spans), -1))

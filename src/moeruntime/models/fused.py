@@ -1,0 +1,240 @@
+"""The decoder in Triton kernels: what `decoder.py` defines, as fast as the device allows.
+
+The order of operations is the same; neighbouring ones share a launch, and the residual stream is
+float32. Prompts and mixed steps run through `forward`. Steps of one token a sequence have kernels
+of their own, which `decode_graph.py` puts into graphs.
+
+Legend: T tokens, M (token, choice) pairs, R resident slots, H hidden, I intermediate, V variants,
+L layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeruntime.families import ModelConfig
+from moeruntime.families.base import layer_role
+from moeruntime.kernels import TokenGroup, attention, experts, grouped_linear, nested, norms
+from moeruntime.kernels.nested import FacePart
+from moeruntime.kernels.norms import FaceLists
+from moeruntime.kernels.projections import Shape
+from moeruntime.kv_cache import KVCache
+from moeruntime.models.batch import Batch
+from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
+from moeruntime.models.layers import rotary_tables
+from moeruntime.models.moe import route
+
+__all__ = ["FusedDecoder"]
+
+MANY = Shape(rows=64, step=64, tokens=64)
+"""How experts are cut for a step of many tokens, where no library product serves."""
+
+
+class FusedDecoder:
+    """The forward pass on CUDA. It owns no weights but the views it was given."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        experts: Sequence[ExpertPool],
+        faces_VLE: Tensor,
+        cache: KVCache,
+    ) -> None:
+        """Bind views, as `Decoder` does."""
+        self.config = config
+        self.weights = weights
+        self.faces_VLE = faces_VLE
+        self.cache = cache
+        # Faces are addresses of private codes: the pools that own them have to live on.
+        self._owners = experts
+        self.pools = [_kernel_pool(pool) for pool in experts]
+        device = faces_VLE.device
+        cos, sin = rotary_tables(
+            torch.arange(config.max_context, device=device),
+            config.head_dim,
+            config.rope_theta,
+            torch.float32,
+        )
+        half = config.head_dim // 2
+        self.rotary = (cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous())
+
+    @property
+    def max_faces(self) -> int:
+        """Distinct experts of the layer that has the most."""
+        return max(num_faces(pool) for pool in self.pools)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, before_layer: Callable[[int], None] | None = None) -> Tensor:
+        """Run one step and write its keys and values to the cache.
+
+        Args:
+            batch: the step.
+            before_layer: as `Decoder.forward` has it.
+
+        Returns:
+            hidden_TH after the final norm, in the order of the batch.
+        """
+        config = self.config
+        before_layer = before_layer or (lambda layer: None)
+        before_layer(-1)
+        embedded_TH = self.weights["embed_tokens"][batch.slot_T, batch.token_ids_T]
+        residual_TH = embedded_TH.float()
+        out_TH = torch.empty_like(embedded_TH)
+        parts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+
+        def add_norm(
+            name: str,
+            parts: Tensor | None,
+            rows_TP: Tensor | None = None,
+            shares_TP: Tensor | None = None,
+        ) -> None:
+            norms.add_norm(
+                residual_TH,
+                parts,
+                self.weights[name],
+                batch.slot_T,
+                config.rms_norm_eps,
+                out_TH=out_TH,
+                rows_TP=rows_TP,
+                shares_TP=shares_TP,
+            )
+
+        for layer in range(config.num_layers):
+            before_layer(layer)
+            add_norm(layer_role(layer, "input_norm"), *parts)
+            attended_TH = self._attention(layer, out_TH, batch)
+            add_norm(layer_role(layer, "post_attention_norm"), attended_TH[:, None])
+            parts = self._experts(layer, out_TH, batch)
+        before_layer(config.num_layers)
+        add_norm("final_norm", *parts)
+        return out_TH
+
+    @torch.inference_mode()
+    def logits(self, hidden_NH: Tensor, groups: Sequence[TokenGroup]) -> Tensor:
+        """Vocabulary logits [N, V] in float32 of rows that `groups` assign to resident slots."""
+        return grouped_linear(hidden_NH, self.head, groups).float()
+
+    @property
+    def head(self) -> Tensor:
+        """The output embedding of every resident slot."""
+        return self.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
+
+    def _attention(self, layer: int, x_TH: Tensor, batch: Batch) -> Tensor:
+        config = self.config
+        qkv_TC = grouped_linear(x_TH, self.weights[layer_role(layer, "qkv_proj")], batch.groups)
+        query_TQD = qkv_TC.new_empty(len(x_TH), config.num_heads, config.head_dim)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        attention.rotate_and_store(
+            qkv_TC,
+            batch.positions_T,
+            batch.cache_rows_T,
+            self.rotary,
+            keys,
+            values,
+            out_TQD=query_TQD,
+        )
+        attended_TC = attention.span_attention(
+            query_TQD, keys, values, batch.spans_on_device, config.sliding_window
+        )
+        return grouped_linear(attended_TC, self.weights[layer_role(layer, "o_proj")], batch.groups)
+
+    def _experts(
+        self, layer: int, x_TH: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the experts add to the residual, as `add_norm` takes it."""
+        logits_TE = grouped_linear(x_TH, self.weights[layer_role(layer, "router")], batch.groups)
+        faces_TE = self.faces_VLE[batch.variant_T, layer]
+        faces_TK, weights_TK = route(logits_TE, faces_TE, self.config.top_k)
+        pool = self.pools[layer]
+        if isinstance(pool, DensePool) and pool.gate_up.dtype != torch.float32:
+            rows_MH, row_TK = _library_experts(x_TH, faces_TK, pool)
+            return rows_MH, row_TK, weights_TK
+        lists = FaceLists.of(faces_TK, weights_TK, num_faces(pool))
+        inner_MI = x_TH.new_empty(faces_TK.numel(), self.config.intermediate_size)
+        out_MSH = torch.empty(
+            faces_TK.numel(), 1, x_TH.shape[1], dtype=torch.float32, device=x_TH.device
+        )
+        gate_up(pool, x_TH, lists, 0, MANY, inner_MI)
+        down(pool, inner_MI, lists, 0, MANY, out_MSH)
+        return out_MSH.view(*faces_TK.shape, -1), None, None
+
+
+KernelPool = DensePool | tuple[FacePart, FacePart]
+
+
+def num_faces(pool: KernelPool) -> int:
+    """Distinct experts of a layer."""
+    return pool.num_faces if isinstance(pool, DensePool) else len(pool[0].faces_F6)
+
+
+def gate_up(
+    pool: KernelPool, x_TH: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MI: Tensor
+) -> None:
+    """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
+    if isinstance(pool, DensePool):
+        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
+    else:
+        nested.gate_up(x_TH, pool[0], lists, layer, shape, out_MI=out_MI)
+
+
+def down(
+    pool: KernelPool, x_MI: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MSH: Tensor
+) -> None:
+    """down_proj of every pair, times its routing weight, however the experts are stored."""
+    if isinstance(pool, DensePool):
+        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
+    else:
+        nested.down(x_MI, pool[1], lists, layer, shape, out_MSH=out_MSH)
+
+
+def _kernel_pool(pool: ExpertPool) -> KernelPool:
+    """A pool as the kernels read it."""
+    if isinstance(pool, DensePool):
+        return pool
+    assert isinstance(pool, NestedPool)
+    gate_up, down = (_face_part(pool, idx) for idx in (0, 1))
+    return gate_up, down
+
+
+def _face_part(pool: NestedPool, idx: int) -> FacePart:
+    part = pool.parts[idx]
+    rows = []
+    for face in pool.faces:
+        planes, code = face.private[idx]
+        at = (planes[width].data_ptr() if width in planes else 0 for width in (4, 2, 1))
+        rows.append([face.slot, code.bits, code.step, *at])
+    return FacePart(
+        num_rows=part.scale.shape[1],
+        num_columns=part.num_columns,
+        shared_bits=part.code.shared_bits,
+        group=part.code.group,
+        planes={width: plane.view(torch.int16) for width, plane in part.planes.items()},
+        scale_SRG=part.scale,
+        faces_F6=torch.tensor(rows, device=part.scale.device),
+    )
+
+
+def _library_experts(x_TH: Tensor, faces_TK: Tensor, pool: DensePool) -> tuple[Tensor, Tensor]:
+    """Experts by the library's grouped product, which is the fastest for many tokens.
+
+    Returns:
+        A row for each pair, and which row is whose.
+    """
+    faces_M = faces_TK.flatten()
+    order_M = faces_M.argsort(stable=True)
+    # Not bincount, which waits for the device.
+    counts_F = torch.zeros(pool.num_faces, dtype=torch.int32, device=x_TH.device)
+    counts_F.scatter_add_(0, faces_M, torch.ones_like(faces_M, dtype=torch.int32))
+    ends_F = counts_F.cumsum(0, dtype=torch.int32)
+    both_MI = F.grouped_mm(
+        x_TH[order_M // faces_TK.shape[1]], pool.gate_up.transpose(1, 2), offs=ends_F
+    )
+    rows_MH = F.grouped_mm(norms.gated(both_MI), pool.down.transpose(1, 2), offs=ends_F)
+    row_M = torch.empty_like(order_M)
+    row_M[order_M] = torch.arange(len(order_M), device=x_TH.device)
+    return rows_MH, row_M.view_as(faces_TK)

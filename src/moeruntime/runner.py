@@ -1,0 +1,146 @@
+"""Runs the tokens the scheduler picked: lays them out, launches the model, chooses the next ones.
+
+On a GPU nothing here waits for the device. `Launched.wait` does, and by then the engine may have
+launched the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moeruntime.kv_cache import blocks_for
+from moeruntime.models import Batch, Decoder
+from moeruntime.models.batch import Span, token_groups
+from moeruntime.residency import Residency
+from moeruntime.sampler import resample
+from moeruntime.scheduler import Chunk
+from moeruntime.sequence import Sequence as TokenSequence
+
+if TYPE_CHECKING:  # these import Triton, which a CPU build of torch lacks
+    from moeruntime.models.decode_graph import DecodeGraphs
+    from moeruntime.models.fused import FusedDecoder
+
+__all__ = ["Launched", "Runner"]
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way.
+
+    Attributes:
+        sequences: those that get a token from it; none where all of it is the middle of prompts.
+        repeats: whether `Runner.launch_next` can go on from it.
+    """
+
+    sequences: Sequence[TokenSequence]
+    repeats: bool
+    _tokens: Tensor
+    _arrived: torch.cuda.Event | None
+
+    def wait(self) -> list[int]:
+        """The token chosen for each sequence."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [int(token) for token in self._tokens.tolist()]
+
+
+class Runner:
+    """The model and the device it runs on."""
+
+    def __init__(
+        self,
+        model: Decoder | FusedDecoder,
+        graphs: DecodeGraphs | None,
+        residency: Residency,
+        variant_idx: Mapping[str, int],
+        device: torch.device,
+    ) -> None:
+        """Bind what a step needs; `graphs` serve steps of one token a sequence."""
+        self.model = model
+        self._graphs = graphs
+        self._residency = residency
+        self._variant_idx = variant_idx
+        self._device = device
+
+    def span(
+        self, variant: str, token_ids: Sequence[int], start: int, blocks: Sequence[int]
+    ) -> Span:
+        """New tokens of a sequence of a resident variant."""
+        slot = self._residency.slot(variant)
+        return Span(slot, self._variant_idx[variant], token_ids, start, blocks)
+
+    @torch.inference_mode()
+    def launch(self, chunks: Sequence[Chunk]) -> Launched:
+        """Run a step; its sequences' `num_cached` moves on at once."""
+        # The kernels want each variant's tokens side by side.
+        chunks = sorted(chunks, key=lambda chunk: self._residency.slot(chunk.sequence.variant))
+        variants = {chunk.sequence.variant for chunk in chunks}
+        spans = [self._span_of(chunk) for chunk in chunks]
+        for chunk in chunks:
+            chunk.sequence.num_cached += chunk.num_tokens
+        sequences = [c.sequence for c in chunks if c.sequence.num_pending == 0]
+        if self._graphs is not None and all(len(span.token_ids) == 1 for span in spans):
+            # Every chunk is a decode, or the last token of a prompt: all of them go on.
+            repeats = len(sequences) == len(chunks)
+            for variant in variants:
+                self._residency.wait_for(variant)
+            logits_TV, tokens_T = self._graphs.run(spans)
+            if not repeats:
+                rows = [row for row, c in enumerate(chunks) if c.sequence.num_pending == 0]
+                picked = torch.tensor(rows, device=self._device)
+                logits_TV, tokens_T = logits_TV[picked], tokens_T[picked]
+            return self._choose(sequences, logits_TV, tokens_T, repeats)
+        batch = Batch.build(spans, self._device)
+        hidden_TH = self.model.forward(batch, self._residency.gate(variants))
+        rows = [
+            row
+            for row, chunk in zip(batch.last_rows, chunks, strict=True)
+            if chunk.sequence.num_pending == 0
+        ]
+        if not rows:
+            return Launched((), False, torch.empty(0), None)
+        groups = token_groups([self._residency.slot(s.variant) for s in sequences])
+        picked = torch.tensor(rows, device=self._device)
+        logits_NV = self.model.logits(hidden_TH[picked], groups)
+        return self._choose(sequences, logits_NV, logits_NV.argmax(dim=-1), repeats=False)
+
+    @torch.inference_mode()
+    def launch_next(self, launched: Launched) -> Launched:
+        """Run the step after `launched`, whose tokens nobody has seen yet."""
+        assert launched.repeats and self._graphs is not None
+        for sequence in launched.sequences:
+            sequence.num_cached += 1
+        logits_TV, tokens_T = self._graphs.run_on(len(launched.sequences))
+        return self._choose(launched.sequences, logits_TV, tokens_T, repeats=True)
+
+    def _span_of(self, chunk: Chunk) -> Span:
+        sequence = chunk.sequence
+        end = sequence.num_cached + chunk.num_tokens
+        blocks = sequence.block_table
+        if chunk.num_tokens > 1:  # a single token may be repeated, and needs the blocks to come
+            blocks = blocks[: blocks_for(end)]
+        token_ids = sequence.pending_ids(chunk.num_tokens)
+        return self.span(sequence.variant, token_ids, sequence.num_cached, blocks)
+
+    def _choose(
+        self,
+        sequences: Sequence[TokenSequence],
+        logits_NV: Tensor,
+        tokens_N: Tensor,
+        repeats: bool,
+    ) -> Launched:
+        """Replace the likeliest tokens where a sequence samples, and send all to the host."""
+        params = [sequence.sampling for sequence in sequences]
+        resample(tokens_N, logits_NV, params, [sequence.uniform() for sequence in sequences])
+        if self._device.type != "cuda":
+            return Launched(sequences, repeats, tokens_N, None)
+        arrived = torch.cuda.Event()
+        tokens = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
+        tokens.copy_(tokens_N, non_blocking=True)
+        arrived.record(torch.cuda.current_stream(self._device))
+        return Launched(sequences, repeats, tokens, arrived)
