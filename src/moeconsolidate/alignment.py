@@ -12,8 +12,9 @@ Legend: P (weights of an expert), I intermediate, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import overload
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -76,9 +77,34 @@ def reorder_statistics(
             down_samples[expert] = [(x[:, order_I], d) for x, d in down_samples[expert]]
     parts["gate_up"] = ExpertStatistics(gate_up.inputs_ECC, outputs_ER, gate_up_samples)
     parts["down"] = ExpertStatistics(inputs_ECC, down.outputs_ER, down_samples)
-    layers = list(statistics.layers)
-    layers[layer] = parts
-    return replace(statistics, layers=layers)
+    return replace(statistics, layers=_OneReplaced(statistics.layers, layer, parts))
+
+
+class _OneReplaced(Sequence[Mapping[str, ExpertStatistics]]):
+    """Every layer's sums as they are, but one's; nothing is copied."""
+
+    def __init__(
+        self,
+        layers: Sequence[Mapping[str, ExpertStatistics]],
+        layer: int,
+        parts: Mapping[str, ExpertStatistics],
+    ) -> None:
+        self._layers, self._layer, self._parts = layers, layer, parts
+
+    @overload
+    def __getitem__(self, layer: int) -> Mapping[str, ExpertStatistics]: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[Mapping[str, ExpertStatistics]]: ...
+    def __getitem__(
+        self, layer: int | slice
+    ) -> Mapping[str, ExpertStatistics] | list[Mapping[str, ExpertStatistics]]:
+        layers = range(len(self))[layer]
+        if isinstance(layers, range):
+            return [self[one] for one in layers]
+        return self._parts if layers == self._layer else self._layers[layers]
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def _by_neuron(expert_P: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:

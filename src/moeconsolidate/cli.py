@@ -114,8 +114,9 @@ def consolidate(
     """Compile checkpoints into one pack.
 
     The checkpoints must agree in architecture and differ in weights only: fine-tunes of one base
-    model. Layer by layer, experts that are alike across variants are averaged into one slot; each
-    variant keeps its own router, attention and embeddings. The pack appears when it is whole.
+    model. Layer by layer, experts that are alike across variants share a slot, which holds what
+    they have in common; each variant keeps a few bits of each, its router, attention and
+    embeddings. The pack appears when it is whole.
 
     \b
     Examples:

@@ -74,8 +74,8 @@ def _rule(recipe: Recipe) -> str:
         return "Only bit-identical experts share a slot: every variant comes out as it went in."
     if recipe.code == "nested":
         holds = (
-            f"the {recipe.shared_bits} high bits that its members have in common, beside which each "
-            "variant has private low bits"
+            f"the {recipe.shared_bits} high bits that its members have in common, beside which "
+            "each variant has private low bits"
         )
     elif recipe.merge == "average":
         holds = "the average of its members"

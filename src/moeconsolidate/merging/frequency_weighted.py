@@ -1,9 +1,10 @@
 """Averaging by use: an expert counts as much as its router uses it.
 
 The merging step of Li et al., "Merge, Then Compress: Demystify Efficient SMoE with Hints from Its
-Routing Policy" (2023), https://arxiv.org/abs/2310.01334, without its alignment of neurons, which
-variants of one ancestor do not need. A member's weight is the part of its own variant's calibration
-tokens that were routed to it; where nothing was, members weigh alike.
+Routing Policy" (2023), https://arxiv.org/abs/2310.01334. Its alignment of neurons comes before any
+rule, where the recipe asks for it: variants of one ancestor do not need it. A member's weight is
+the part of its own variant's calibration tokens that were routed to it; where nothing was, members
+weigh alike.
 """
 
 from __future__ import annotations
