@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -31,7 +30,7 @@ from moeconsolidate.plan import (
     Recipe,
 )
 from moeconsolidate.texts import Windows, sampled_windows, text_windows
-from moeconsolidate.threads import single_threaded_torch
+from moeconsolidate.threads import side_by_side, single_threaded_torch
 from moeruntime.errors import UsageError
 from moeruntime.pack.manifest import EXPERT_PARTS
 
@@ -131,11 +130,8 @@ def calibrate(
         )
         return windows, statistics
 
-    with (
-        single_threaded_torch() as num_threads,
-        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        learned = list(pool.map(learn, checkpoints))
+    with single_threaded_torch():
+        learned = side_by_side(learn, checkpoints)
     return Calibration(
         [statistics for _, statistics in learned],
         {
@@ -169,10 +165,10 @@ def plan_layers(
         plan = reader.read(layer)
         if recipe.allocated:
             assert calibration.statistics is not None
-            layer_of = (layer, plan.slots, reader.experts_EP, config, nested)
-            units += layer_units(*layer_of, calibration.statistics)
+            layer_of = (plan, reader.experts_EP, config, nested, calibration.statistics)
+            units += layer_units(*layer_of)
             parts += [part for part in EXPERT_PARTS for _ in plan.slots]
-            coherence.watch(*layer_of, calibration.statistics)
+            coherence.watch(*layer_of)
         elif recipe.code == "nested":
             plan = with_default_codes(plan)
         plans.append(plan)
