@@ -19,7 +19,7 @@ from pathlib import Path
 from _common import cpu_name, make_checkpoint, print_json
 
 EXPERTS = 8
-TEXT = "Say what each line does, then say it again in fewer words. " * 400
+TEXT = "Say what each line does, then say it again in fewer words. " * 100
 
 CHILD = """
 import json, resource, sys
@@ -63,7 +63,7 @@ class Case:
 
 CASES = (
     Case("plain", 512, 1792, budget=False, depths=(4, 8, 16)),
-    Case("budget", 256, 1024, budget=True, depths=(4, 8, 16)),
+    Case("budget", 256, 512, budget=True, depths=(4, 8, 12)),
 )
 
 
