@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from _subjects import Subject
 from torch import Tensor
 
-from moeconsolidate import pipeline
+from moeconsolidate import pipeline, planning
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.merging import MERGE_RULES
 from moeconsolidate.original import CheckpointSource
@@ -25,7 +26,6 @@ from moeconsolidate.plan import (
     LayerPlan,
     Recipe,
 )
-from moeconsolidate.planning import Calibration
 from moeconsolidate.report import summarise
 from moeruntime import Engine
 from moeruntime.codes import PrivateCode
@@ -110,7 +110,7 @@ def int4_ratio(config: ModelConfig) -> float:
 
 
 class Methods:
-    """Calibration is done once for each kind of text; its seconds count in every row."""
+    """Calibration and weighing of options are done once for all budgets; seconds count in each."""
 
     def __init__(self, subjects: Sequence[Subject]) -> None:
         self._folders = {one.name: one.folder for one in subjects}
@@ -119,7 +119,7 @@ class Methods:
             self._texts = {one.name: one.texts or () for one in subjects}
         with Checkpoint("any", subjects[0].folder) as one:
             self._config = one.config
-        self._calibrations: dict[str, tuple[Calibration, float]] = {}
+        self._remembered: dict[tuple[Any, ...], tuple[Any, float]] = {}
         self._saved_s = 0.0
 
     @contextmanager
@@ -136,7 +136,12 @@ class Methods:
             seconds = time.perf_counter() - start
             yield int4_ratio(self._config), seconds, engines.__getitem__
             return
-        with patch.object(pipeline, "calibrate", self._calibrate_once(pipeline.calibrate)):
+        calibrate = self._once(pipeline.calibrate, "calibration")
+        weigh = self._once(planning.weigh_options, "calibration", "threshold", "shared_bits")
+        with (
+            patch.object(pipeline, "calibrate", calibrate),
+            patch.object(planning, "weigh_options", weigh),
+        ):
             self._consolidate(method, budget, folder)
         seconds = time.perf_counter() - start + self._saved_s
         yield _expert_ratio(folder), seconds, lambda name: Engine.from_pack(folder, resident=1)
@@ -222,19 +227,21 @@ class Methods:
         for checkpoint in checkpoints:
             checkpoint.close()
 
-    def _calibrate_once(self, calibrate: Callable[..., Calibration]) -> Callable[..., Calibration]:
-        """Calibration, remembered: it is the same under every budget."""
+    def _once(self, work: Callable[..., Any], *decides: str) -> Callable[..., Any]:
+        """Work, remembered: it is the same for every recipe that agrees on some fields."""
 
-        def once(checkpoints: object, recipe: Recipe, *rest: object) -> Calibration:
-            if recipe.calibration == "none":
-                return calibrate(checkpoints, recipe, *rest)
-            if recipe.calibration in self._calibrations:
-                learned, self._saved_s = self._calibrations[recipe.calibration]
-                return learned
+        def once(checkpoints: object, recipe: Recipe, *rest: object) -> Any:
+            fields = asdict(recipe)
+            key = (work.__name__, *(fields[name] for name in decides))
+            if key in self._remembered:
+                found, seconds = self._remembered[key]
+                self._saved_s += seconds
+                return found
             start = time.perf_counter()
-            learned = calibrate(checkpoints, recipe, *rest)
-            self._calibrations[recipe.calibration] = learned, time.perf_counter() - start
-            return learned
+            found = work(checkpoints, recipe, *rest)
+            if recipe.calibration != "none":
+                self._remembered[key] = found, time.perf_counter() - start
+            return found
 
         return once
 

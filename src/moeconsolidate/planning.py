@@ -43,6 +43,7 @@ __all__ = [
     "check_plan",
     "plan_layers",
     "resolve_recipe",
+    "weigh_options",
     "with_default_codes",
 ]
 
@@ -188,8 +189,47 @@ def plan_layers(
         UsageError: the budget is below what shared bits alone take, or the loss below what the
             most bits reach.
     """
-    config = checkpoints[0].config
     reader = LayerReader(checkpoints, recipe, calibration.inputs)
+    plans, units = weigh_options(checkpoints, recipe, calibration, reader, report)
+    if not recipe.allocated:
+        return ConsolidationPlan(recipe, tuple(plans))
+    budget_bytes = None
+    if recipe.budget_bytes is not None:
+        budget_bytes = recipe.budget_bytes - _map_bytes(checkpoints)
+    chosen = _allocate(units, len(checkpoints), recipe, budget_bytes)
+    measured = measure(
+        checkpoints,
+        _with_choices(plans, chosen),
+        reader,
+        nested_format(checkpoints[0].config, recipe.shared_bits),
+        calibration.statistics or (),
+        calibration.held_out,
+    )
+    report(Progress("measuring", 1, 1))
+    ratio_V = torch.tensor(_ratios(measured, chosen.losses))
+    units = [
+        replace(unit, costs_VO=unit.costs_VO * ratio_V[list(unit.variants), None]) for unit in units
+    ]
+    chosen = _allocate(units, len(checkpoints), recipe, budget_bytes)
+    names = [checkpoint.name for checkpoint in checkpoints]
+    prediction = Prediction(
+        math.ceil(chosen.num_bytes), dict(zip(names, chosen.losses, strict=True))
+    )
+    return ConsolidationPlan(recipe, tuple(_with_choices(plans, chosen)), prediction)
+
+
+def weigh_options(
+    checkpoints: Sequence[Checkpoint],
+    recipe: Recipe,
+    calibration: Calibration,
+    reader: LayerReader,
+    report: Callable[[Progress], None],
+) -> tuple[list[LayerPlan], list[Unit]]:
+    """Read every layer: its slots, and what private bits would cost them, whatever the budget.
+
+    Without a budget there are no units, and nested codes have the default bits.
+    """
+    config = checkpoints[0].config
     plans: list[LayerPlan] = []
     units: list[Unit] = []
     parts: list[str] = []
@@ -208,32 +248,7 @@ def plan_layers(
             plan = with_default_codes(plan, recipe.shared_bits)
         plans.append(plan)
         report(Progress("planning", layer + 1, config.num_layers))
-    if not recipe.allocated:
-        return ConsolidationPlan(recipe, tuple(plans))
-    budget_bytes = None
-    if recipe.budget_bytes is not None:
-        budget_bytes = recipe.budget_bytes - _map_bytes(checkpoints)
-    units = coherence.correct(units, parts)
-    chosen = _allocate(units, len(checkpoints), recipe, budget_bytes)
-    measured = measure(
-        checkpoints,
-        _with_choices(plans, chosen),
-        reader,
-        nested,
-        calibration.statistics or (),
-        calibration.held_out,
-    )
-    report(Progress("measuring", 1, 1))
-    ratio_V = torch.tensor(_ratios(measured, chosen.losses))
-    units = [
-        replace(unit, costs_VO=unit.costs_VO * ratio_V[list(unit.variants), None]) for unit in units
-    ]
-    chosen = _allocate(units, len(checkpoints), recipe, budget_bytes)
-    names = [checkpoint.name for checkpoint in checkpoints]
-    prediction = Prediction(
-        math.ceil(chosen.num_bytes), dict(zip(names, chosen.losses, strict=True))
-    )
-    return ConsolidationPlan(recipe, tuple(_with_choices(plans, chosen)), prediction)
+    return plans, coherence.correct(units, parts)
 
 
 def _allocate(
