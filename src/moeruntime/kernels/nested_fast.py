@@ -9,83 +9,18 @@ unpacked once. Which faces go together is a table: a row a group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moeruntime.codes import NestedCode, PrivateCode
-from moeruntime.kernels.nested import FacePart
-from moeruntime.kernels.norms import FaceLists
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, FastPart
 from moeruntime.kernels.nvrtc import Kernel, compile_kernel
 
-__all__ = ["FastPart", "down", "gate_up", "is_fast"]
+__all__ = ["down", "gate_up"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
-WARPS, ROWS = 4, 32
-GROUP = 128
-MAX_GROUPS = 32 * WARPS
-
-
-def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
-    """Whether the kernel serves a matrix: it tiles it, and no constant needs rounding."""
-    num_rows, num_columns = shape
-    if code != NestedCode(4, GROUP) or num_columns % 2048 or num_rows % (2 * ROWS):
-        return False
-    return all(_constant(one) < 1024 for one in private)
-
-
-def _constant(code: PrivateCode) -> float:
-    """What is subtracted from a level; float16 has halves below 1024."""
-    high = 2 * code.step if code.bits == 3 else code.step
-    magic = 64.0 * (high + (code.step if code.bits == 3 else 0))
-    return 512 + 60 + magic + code.step * ((1 << code.bits) - 1) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class FastPart:
-    """A part and the groups of its faces.
-
-    Attributes:
-        part: codes and faces.
-        groups: number of faces a group -> int32 [groups, faces], -1 where a group is not full.
-        planes: private planes that a face has at most; three bits are two.
-    """
-
-    part: FacePart
-    groups: dict[int, Tensor]
-    planes: int
-
-    @classmethod
-    def of(cls, part: FacePart) -> FastPart | None:
-        """Group the faces; None where there are more groups than the kernel takes."""
-        table = part.faces_F6.tolist()
-        planes = max(2 if row[1] == 3 else min(row[1], 1) for row in table)
-        # As many as registers hold.
-        together = 2 if planes == 2 else 4
-        groups = {}
-        for size in (1, together):
-            rows: list[list[int]] = []
-            for slot in sorted({row[0] for row in table}):
-                faces = [face for face, row in enumerate(table) if row[0] == slot]
-                for start in range(0, len(faces), size):
-                    some = faces[start : start + size]
-                    rows.append(some + [-1] * (size - len(some)))
-            if len(rows) > MAX_GROUPS:
-                return None
-            groups[size] = torch.tensor(rows, dtype=torch.int32, device=part.scale_SRG.device)
-        return cls(part, groups, planes)
-
-    def cut(self, num_pairs: int) -> tuple[int, int]:
-        """Faces a group and tiles of eight tokens a face, for a step of so many pairs."""
-        num_faces, slots = len(self.part.faces_F6), self.part.scale_SRG.shape[0]
-        together = max(self.groups)
-        a_face = num_pairs / num_faces
-        if num_faces > slots and a_face <= 16:
-            return together, 1 if a_face <= 4 else 2
-        return 1, 1 if a_face <= 4 else 2 if a_face <= 12 else 4 if a_face <= 32 else 8
 
 
 def gate_up(x_TH: Tensor, fast: FastPart, lists: FaceLists, layer: int, *, out_MI: Tensor) -> None:

@@ -28,14 +28,13 @@ from moeruntime.kernels import (
     nested_fast,
     norms,
 )
-from moeruntime.kernels.nested import FacePart
-from moeruntime.kernels.nested_fast import FastPart, is_fast
-from moeruntime.kernels.norms import FaceLists
-from moeruntime.kernels.projections import Shape
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import FacePart, FastPart, is_fast
+from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
-from moeruntime.models.layers import rotary_tables
+from moeruntime.models.layers import half_rotary_tables
 from moeruntime.models.moe import route
 
 __all__ = ["FusedDecoder"]
@@ -61,17 +60,9 @@ class FusedDecoder:
         self.faces_VLE = faces_VLE
         self.cache = cache
         # Faces are addresses of private codes: the pools that own them have to live on.
-        self._owners = experts
+        self.experts = experts
         self.pools = [_kernel_pool(pool, self.head.dtype) for pool in experts]
-        device = faces_VLE.device
-        cos, sin = rotary_tables(
-            torch.arange(config.max_context, device=device),
-            config.head_dim,
-            config.rope_theta,
-            torch.float32,
-        )
-        half = config.head_dim // 2
-        self.rotary = (cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous())
+        self.rotary = half_rotary_tables(config, faces_VLE.device)
 
     @property
     def max_faces(self) -> int:
