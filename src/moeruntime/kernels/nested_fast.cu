@@ -17,9 +17,8 @@
 // Each lane copies the words it will need into shared memory some steps ahead, in slots that only it
 // reads: a ring that costs neither registers nor barriers.
 //
-// Compiled with FACES, TILES, PLANES (private planes a face has at most: three bits are two) and
-// GATE_UP defined, once for each combination that is used. Faces with fewer planes than that go the
-// same way, with nothing behind it: a branch would cost more.
+// Compiled with FACES, TILES, THREE (whether any code has three private bits, which are two planes)
+// and GATE_UP defined, once for each combination that is used.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -30,7 +29,7 @@ struct Face {
 };
 
 constexpr int WARPS = 4, ROWS = 32, TOKENS = 8 * TILES;
-constexpr int ITEMS = 4 + 4 * FACES * PLANES; // 16 bytes of a lane: shared words, then faces'
+constexpr int ITEMS = 4 + FACES * (THREE ? 8 : 4); // 16 bytes of a lane: shared words, then faces'
 constexpr int STAGES = FACES == 1 ? 3 : 2;
 constexpr bool AHEAD = FACES * TILES <= 4; // whether registers suffice to fetch tokens a field early
 
@@ -94,7 +93,7 @@ __device__ __forceinline__ void fetch(Tokens &b, const Variant (&variant)[FACES]
     for (int v = 0; v < FACES; v++)
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
-            if (FACES * TILES == 1 || 8 * tile < variant[v].tokens)
+            if (8 * tile < variant[v].tokens)
                 b[v][tile] = __ldg(reinterpret_cast<const uint4 *>(variant[v].x[tile] + column));
 }
 
@@ -114,31 +113,35 @@ __device__ __forceinline__ void field(float (&sums)[FACES][TILES][2][4], const V
 #pragma unroll
     for (int v = 0; v < FACES; v++) {
         const Variant &one = variant[v];
-        if (FACES > 1 && one.tokens <= 0) continue;
+        if (one.tokens <= 0) continue;
         u32 a[2][2][4]; // row tile, step of 16 columns
-        const int turn = (4 * n - 4 + (q & one.shift)) & 31, turn1 = (4 * n - 4 + q) & 31;
+        const int turn = (4 * n - 4 + (q & one.shift)) & 31;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint4 own, own1;
-            if (PLANES > 0) own = ring[4 + 4 * PLANES * v + i][lane];
-            if (PLANES > 1) own1 = ring[8 + 4 * PLANES * v + i][lane];
+            const uint4 own = ring[4 + 4 * v + i][lane];
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 u32 q_m = fma2(level[i][k], 0x38003800u, one.plus); // times 1/2
-                if (PLANES > 0) {
+                if (one.bits) {
                     const u32 w = part(own, k);
                     q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn), one.mask), one.times, q_m);
                 }
-                if (PLANES > 1) {
+                a[i >> 1][k >> 1][(i & 1) + 2 * (k & 1)] = q_m;
+            }
+            if (THREE && one.bits == 3) {
+                const uint4 own1 = ring[4 + 4 * FACES + 4 * v + i][lane];
+                const int turn1 = (4 * n - 4 + q) & 31;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
                     const u32 w = part(own1, k);
+                    u32 &q_m = a[i >> 1][k >> 1][(i & 1) + 2 * (k & 1)];
                     q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn1), 0x00100010u), one.times1, q_m);
                 }
-                a[i >> 1][k >> 1][(i & 1) + 2 * (k & 1)] = q_m;
             }
         }
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            if (TILES > 1 && 8 * tile >= one.tokens) continue;
+            if (8 * tile >= one.tokens) continue;
             // Columns of the product past the last token are whatever they are: nobody reads them.
             const uint4 x = AHEAD ? b[v][tile]
                                   : __ldg(reinterpret_cast<const uint4 *>(one.x[tile] + column));
@@ -214,8 +217,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
         one.shift = bits == 4 ? 0 : bits == 1 ? 3 : 2;
         one.mask = bits == 4 ? 0x00F000F0u : bits == 1 ? 0x00100010u : 0x00300030u;
         const float high = bits == 3 ? 2.f * step : step; // what the wider private plane counts for
-        one.times = half2_of(high / 16.f); // 0 without private bits
-        one.times1 = half2_of(bits == 3 ? step / 16.f : 0.f);
+        one.times = half2_of(high / 16.f);
+        one.times1 = half2_of(step / 16.f);
         float plus = 512.f + 60.f + step * (float)((1 << bits) - 1) * 0.5f;
         if (bits) plus += 64.f * high;
         if (bits == 3) plus += 64.f * step;
@@ -243,15 +246,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
 #pragma unroll
             for (int v = 0; v < FACES; v++) {
                 const Variant &one = variant[v];
-                if (PLANES == 0 || one.bits == 0) continue;
+                if (one.bits == 0) continue;
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    copy_ahead(&slot_of[4 + 4 * PLANES * v + i][lane],
+                    copy_ahead(&slot_of[4 + 4 * v + i][lane],
                                one.own + (i64)apart[i] * one.stride + (q & one.runs) * J + j);
-                if (PLANES == 1 || one.bits != 3) continue;
+                if (THREE && one.bits == 3) {
 #pragma unroll
-                for (int i = 0; i < 4; i++)
-                    copy_ahead(&slot_of[8 + 4 * PLANES * v + i][lane], one.own1 + (i64)apart[i] * J + j);
+                    for (int i = 0; i < 4; i++)
+                        copy_ahead(&slot_of[4 + 4 * FACES + 4 * v + i][lane], one.own1 + (i64)apart[i] * J + j);
+                }
             }
         }
         asm volatile("cp.async.commit_group;");

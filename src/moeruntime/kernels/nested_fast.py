@@ -51,20 +51,19 @@ class FastPart:
     Attributes:
         part: codes and faces.
         groups: number of faces a group -> int32 [groups, faces], -1 where a group is not full.
-        planes: private planes that a face has at most; three bits are two.
+        three: whether any face has three private bits, which are two planes.
     """
 
     part: FacePart
     groups: dict[int, Tensor]
-    planes: int
+    three: bool
 
     @classmethod
     def of(cls, part: FacePart) -> FastPart | None:
         """Group the faces; None where there are more groups than the kernel takes."""
         table = part.faces_F6.tolist()
-        planes = max(2 if row[1] == 3 else min(row[1], 1) for row in table)
-        # As many as registers hold.
-        together = 2 if planes == 2 else 4
+        three = any(row[1] == 3 for row in table)
+        together = 2 if three else 4
         groups = {}
         for size in (1, together):
             rows: list[list[int]] = []
@@ -76,7 +75,7 @@ class FastPart:
             if len(rows) > MAX_GROUPS:
                 return None
             groups[size] = torch.tensor(rows, dtype=torch.int32, device=part.scale_SRG.device)
-        return cls(part, groups, planes)
+        return cls(part, groups, three)
 
     def cut(self, num_pairs: int) -> tuple[int, int]:
         """Faces a group and tiles of eight tokens a face, for a step of so many pairs."""
@@ -112,9 +111,9 @@ def _launch(
     faces, tiles = fast.cut(num_pairs)
     groups = fast.groups[faces]
     tokens = 8 * tiles
-    kernel = _kernel(faces, tiles, fast.planes, is_gate_up)
+    kernel = _kernel(faces, tiles, fast.three, is_gate_up)
     num_works = min(num_pairs, len(groups) + num_pairs // tokens)
-    items, stages = 4 + 4 * faces * fast.planes, 3 if faces == 1 else 2
+    items, stages = 4 + faces * (8 if fast.three else 4), 3 if faces == 1 else 2
     ring_bytes = 16 * 32 * WARPS * stages * items
     scale_bytes = 4 * ROWS * part.num_columns // GROUP
     kernel(
@@ -130,11 +129,11 @@ def _launch(
     )  # fmt: skip
 
 
-def _kernel(faces: int, tiles: int, planes: int, is_gate_up: bool) -> Kernel:
+def _kernel(faces: int, tiles: int, three: bool, is_gate_up: bool) -> Kernel:
     defines = (
         ("FACES", faces),
         ("TILES", tiles),
-        ("PLANES", planes),
+        ("THREE", int(three)),
         ("GATE_UP", int(is_gate_up)),
     )
     return compile_kernel(SOURCE, "nested", defines)

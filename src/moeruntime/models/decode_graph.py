@@ -23,7 +23,6 @@ from moeruntime.families.base import layer_role
 from moeruntime.kernels import attention, norms
 from moeruntime.kernels.attention import DecodeScratch
 from moeruntime.kernels.norms import FaceLists
-from moeruntime.kernels.overlap import may_overlap
 from moeruntime.kernels.projections import Shape, project, tile_rows
 from moeruntime.kv_cache import blocks_for
 from moeruntime.models.batch import Span, token_groups
@@ -108,7 +107,6 @@ class DecodeGraphs:
         self._sizes.append(next(size for size in BATCH_SIZES if size >= max_rows))
         self._steps: dict[int, _Step] = {}
         self._pool: Any = None
-        self._overlap = may_overlap()
         config, device = model.config, model.faces_VLE.device
         rows, dtype = self._sizes[-1], model.head.dtype
         exact = dtype == torch.float32
@@ -179,7 +177,7 @@ class DecodeGraphs:
             return flat[: rows * parts * hidden].view(rows, parts, hidden)
 
         o_parts = cut(self.o_parts, size, shapes.o.parts)
-        scratch, overlap = self._scratch(size), self._overlap
+        scratch = self._scratch(size)
         self.lists.reset()
         residual.copy_(weights["embed_tokens"][slot_T, token_T])
         parts = None
@@ -191,10 +189,9 @@ class DecodeGraphs:
                 slot_T,
                 config.rms_norm_eps,
                 out_TH=normed,
-                overlap=overlap,
             )
             qkv_proj = weights[layer_role(layer, "qkv_proj")]
-            project(normed, qkv_proj, tiles_3N, shapes.qkv, out=qkv[:, None], overlap=overlap)
+            project(normed, qkv_proj, tiles_3N, shapes.qkv, out=qkv[:, None])
             attention.decode_attention(
                 qkv,
                 position_T,
@@ -206,10 +203,9 @@ class DecodeGraphs:
                 scratch,
                 config.sliding_window,
                 out_TC=attended,
-                overlap=overlap,
             )
             o_proj = weights[layer_role(layer, "o_proj")]
-            project(attended, o_proj, tiles_3N, shapes.o, out=o_parts, overlap=overlap)
+            project(attended, o_proj, tiles_3N, shapes.o, out=o_parts)
             pool, kind = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
             routed, inner = self.routed[kind][:size], self.inner[kind][:pairs]
             norms.route(
@@ -224,25 +220,17 @@ class DecodeGraphs:
                 layer,
                 config.rms_norm_eps,
                 out_TH=routed,
-                overlap=overlap,
             )
-            gate_up(pool, routed, self.lists, layer, shapes.gate_up, inner, overlap)
+            gate_up(pool, routed, self.lists, layer, shapes.gate_up, inner)
             # Coded experts come in one part.
             num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
             found = cut(self.down_parts, pairs, num_parts)
-            down(pool, inner, self.lists, layer, shapes.down, found, overlap)
+            down(pool, inner, self.lists, layer, shapes.down, found)
             parts = found.view(size, config.top_k * num_parts, hidden)
         norms.add_norm(
-            residual,
-            parts,
-            weights["final_norm"],
-            slot_T,
-            config.rms_norm_eps,
-            out_TH=normed,
-            overlap=overlap,
+            residual, parts, weights["final_norm"], slot_T, config.rms_norm_eps, out_TH=normed
         )
-        logits = self.logits[:size, None]
-        project(normed, model.head, tiles_3N, shapes.head, out=logits, overlap=overlap)
+        project(normed, model.head, tiles_3N, shapes.head, out=self.logits[:size, None])
         token_T.copy_(self.logits[:size].argmax(dim=-1))
         position_T.add_(1)
 

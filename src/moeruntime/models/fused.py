@@ -197,17 +197,11 @@ def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
 
 
 def gate_up(
-    pool: KernelPool,
-    x_TH: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    out_MI: Tensor,
-    overlap: bool = False,
+    pool: KernelPool, x_TH: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MI: Tensor
 ) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI, overlap=overlap)
+        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
     elif pool.fast:
         nested_fast.gate_up(x_TH, pool.fast[0], lists, layer, out_MI=out_MI)
     else:
@@ -215,17 +209,11 @@ def gate_up(
 
 
 def down(
-    pool: KernelPool,
-    x_MI: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    out_MSH: Tensor,
-    overlap: bool = False,
+    pool: KernelPool, x_MI: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MSH: Tensor
 ) -> None:
     """down_proj of every pair, times its routing weight, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH, overlap=overlap)
+        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
     elif pool.fast:
         nested_fast.down(x_MI, pool.fast[1], lists, layer, out_MSH=out_MSH)
     else:
