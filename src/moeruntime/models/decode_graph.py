@@ -27,7 +27,7 @@ from moeruntime.kernels.projections import Shape, project, tile_rows
 from moeruntime.kv_cache import blocks_for
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.experts import DensePool
-from moeruntime.models.fused import FusedDecoder, down, expert_dtype, gate_up
+from moeruntime.models.fused import FusedDecoder, coded_parts, down, expert_dtype, gate_up
 
 __all__ = ["BATCH_SIZES", "DecodeGraphs"]
 
@@ -113,6 +113,7 @@ class DecodeGraphs:
         self._shapes = {size: Shapes.of(size, exact=exact) for size in self._sizes}
         max_parts = max(one.o.parts for one in self._shapes.values())
         max_down = max(one.down.parts for one in self._shapes.values())
+        max_down = max(max_down, *(coded_parts(pool) for pool in model.pools))
         self._max_blocks = blocks_for(config.max_context)
 
         def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -222,8 +223,7 @@ class DecodeGraphs:
                 out_TH=routed,
             )
             gate_up(pool, routed, self.lists, layer, shapes.gate_up, inner)
-            # Coded experts come in one part.
-            num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
+            num_parts = shapes.down.parts if isinstance(pool, DensePool) else coded_parts(pool)
             found = cut(self.down_parts, pairs, num_parts)
             down(pool, inner, self.lists, layer, shapes.down, found)
             parts = found.view(size, config.top_k * num_parts, hidden)

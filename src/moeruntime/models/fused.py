@@ -168,11 +168,15 @@ class FusedDecoder:
         x_TH = x_TH.to(expert_dtype(pool, x_TH.dtype))
         inner_MI = x_TH.new_empty(faces_TK.numel(), self.config.intermediate_size)
         out_MSH = torch.empty(
-            faces_TK.numel(), 1, x_TH.shape[1], dtype=torch.float32, device=x_TH.device
+            faces_TK.numel(),
+            coded_parts(pool),
+            x_TH.shape[1],
+            dtype=torch.float32,
+            device=x_TH.device,
         )
         gate_up(pool, x_TH, lists, 0, MANY, inner_MI)
         down(pool, inner_MI, lists, 0, MANY, out_MSH)
-        return out_MSH.view(*faces_TK.shape, -1), None, None
+        return out_MSH.view(len(x_TH), -1, x_TH.shape[1]), None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,11 @@ class CodedPool:
 
 
 KernelPool = DensePool | CodedPool
+
+
+def coded_parts(pool: KernelPool) -> int:
+    """Parts in which `down` of coded experts comes, to be added up."""
+    return nested_fast.DOWN_PARTS if isinstance(pool, CodedPool) and pool.fast else 1
 
 
 def num_faces(pool: KernelPool) -> int:
