@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode
 
-__all__ = ["GROUP", "ROWS", "WARPS", "FacePart", "FastPart", "is_fast"]
+__all__ = ["DOWN_PARTS", "GROUP", "ROWS", "WARPS", "Cut", "FacePart", "FastPart", "is_fast"]
 
 WARPS, ROWS = 4, 32
 """Warps of a program of `nested_fast.cu`, and rows of weights that it takes."""
@@ -24,6 +25,11 @@ GROUP = 128
 """Columns that have one scale, as the kernel wants it."""
 
 MAX_GROUPS = 32 * WARPS
+DOWN_PARTS = 2
+"""Parts that `down` comes in: it has few rows and many columns."""
+
+FEW_PAIRS = 32
+"""So many pairs leave the device to blocks whose warps share rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class FacePart:
 def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
     """Whether the kernel serves a matrix: it tiles it, and no constant needs rounding."""
     num_rows, num_columns = shape
-    if code != NestedCode(4, GROUP) or num_columns % 2048 or num_rows % (2 * ROWS):
+    if code != NestedCode(4, GROUP) or num_columns % 2048 or num_rows % (2 * ROWS * WARPS):
         return False
     return all(_constant(one) < 1024 for one in private)
 
@@ -61,6 +67,14 @@ def _constant(code: PrivateCode) -> float:
     high = 2 * code.step if code.bits == 3 else code.step
     magic = 64.0 * (high + (code.step if code.bits == 3 else 0))
     return 512 + 60 + magic + code.step * ((1 << code.bits) - 1) / 2
+
+
+class Cut(NamedTuple):
+    """Faces a group, tiles of eight tokens a face, and warps of a block that take other rows."""
+
+    faces: int
+    tiles: int
+    row_warps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +96,8 @@ class FastPart:
         """Group the faces; None where there are more groups than the kernel takes."""
         table = part.faces_F6.tolist()
         planes = max(2 if row[1] == 3 else min(row[1], 1) for row in table)
-        # As many as registers hold.
-        together = 2 if planes == 2 else 4
         groups = {}
-        for size in (1, together):
+        for size in (1, 2) if planes == 2 else (1, 2, 4):  # as many as registers hold
             rows: list[list[int]] = []
             for slot in sorted({row[0] for row in table}):
                 faces = [face for face, row in enumerate(table) if row[0] == slot]
@@ -97,11 +109,10 @@ class FastPart:
             groups[size] = torch.tensor(rows, dtype=torch.int32, device=part.scale_SRG.device)
         return cls(part, groups, planes)
 
-    def cut(self, num_pairs: int) -> tuple[int, int]:
-        """Faces a group and tiles of eight tokens a face, for a step of so many pairs."""
+    def cut(self, num_pairs: int) -> Cut:
+        """How a step of so many pairs is cut."""
         num_faces, slots = len(self.part.faces_F6), self.part.scale_SRG.shape[0]
-        together = max(self.groups)
         a_face = num_pairs / num_faces
-        if num_faces > slots and a_face <= 16:
-            return together, 1 if a_face <= 4 else 2
-        return 1, 1 if a_face <= 4 else 2 if a_face <= 12 else 4 if a_face <= 32 else 8
+        tiles = 1 if a_face <= 4 else 2 if a_face <= 12 else 4 if a_face <= 24 else 8
+        faces = max(self.groups) if num_faces > slots and tiles <= 2 else 1
+        return Cut(faces, tiles, 1 if num_pairs <= FEW_PAIRS else WARPS)

@@ -1,9 +1,10 @@
 // The experts of a step over nested codes, decoded in registers on their way into the tensor cores.
 //
-// A block takes 32 rows of one slot: of gate_up 16 neurons' gate and up rows, of down 32 rows. It
+// A warp takes 32 rows of one slot: of gate_up 16 neurons' gate and up rows, of down 32 rows. It
 // serves up to FACES faces of that slot at once, each with up to 8 * TILES tokens, so that shared
-// codes are read and unpacked once for all variants. Its four warps take a quarter of the columns
-// each, and add their sums up at the end.
+// codes are read and unpacked once for all variants. For few tokens a block's four warps take a
+// quarter of the columns each and add their sums up at the end; for many they take other rows
+// (ROW_WARPS), and have their tokens from the cache together. `down` may be cut further, into parts.
 //
 // Columns go by the pace of the 1-bit plane: with J = columns / 16, field 4 n + q of a word at j is
 // column (4 n + q) J + j, whose shared nibble is nibble n of word q J + j. A lane's 16 bytes are
@@ -17,9 +18,9 @@
 // Each lane copies the words it will need into shared memory some steps ahead, in slots that only it
 // reads: a ring that costs neither registers nor barriers.
 //
-// Compiled with FACES, TILES, PLANES (private planes a face has at most: three bits are two) and
-// GATE_UP defined, once for each combination that is used. Faces with fewer planes than that go the
-// same way, with nothing behind it: a branch would cost more.
+// Compiled with FACES, TILES, PLANES (private planes a face has at most: three bits are two),
+// ROW_WARPS (1 or 4) and GATE_UP defined, once for each combination that is used. Faces with fewer
+// planes than that go the same way, with nothing behind it: a branch would cost more.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -29,7 +30,8 @@ struct Face {
     i64 slot, bits, step, at4, at2, at1;
 };
 
-constexpr int WARPS = 4, ROWS = 32, TOKENS = 8 * TILES;
+constexpr int WARPS = 4, K_WARPS = WARPS / ROW_WARPS, ROWS = 32, TOKENS = 8 * TILES;
+constexpr int BLOCK_ROWS = ROWS * ROW_WARPS;
 constexpr int ITEMS = 4 + 4 * FACES * PLANES; // 16 bytes of a lane: shared words, then faces'
 constexpr int STAGES = FACES == 1 ? 3 : 2;
 constexpr bool AHEAD = FACES * TILES <= 4; // whether registers suffice to fetch tokens a field early
@@ -101,7 +103,7 @@ __device__ __forceinline__ void fetch(Tokens &b, const Variant (&variant)[FACES]
 template <int n>
 __device__ __forceinline__ void field(float (&sums)[FACES][TILES][2][4], const Variant (&variant)[FACES],
                                       const uint4 (&shared)[4], const uint4 (*ring)[32], const Tokens &b,
-                                      const float (*scale)[ROWS], int q, int column) {
+                                      const u16 (*scale)[BLOCK_ROWS], int q, int column) {
     const int lane = threadIdx.x & 31;
     u32 level[4][4];
 #pragma unroll
@@ -110,7 +112,8 @@ __device__ __forceinline__ void field(float (&sums)[FACES][TILES][2][4], const V
         for (int k = 0; k < 4; k++) level[i][k] = nibble<n>(part(shared[i], k));
     float u[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) u[i] = scale[column >> 7][(lane >> 2) + 8 * i];
+    for (int i = 0; i < 4; i++)
+        u[i] = __uint_as_float((u32)scale[column >> 7][(lane >> 2) + 8 * i] << 16);
 #pragma unroll
     for (int v = 0; v < FACES; v++) {
         const Variant &one = variant[v];
@@ -182,8 +185,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
     groups += group * FACES;
     const int slot = (int)faces[groups[0]].slot;
 
+    // The warp's rows are two runs of 16, `half` apart.
     const int half = GATE_UP ? num_rows / 2 : ROWS / 2;
-    const int first = blockIdx.y * (GATE_UP ? ROWS / 2 : ROWS);
+    const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
+    const int first = (blockIdx.y * ROW_WARPS + row_warp) * (GATE_UP ? ROWS / 2 : ROWS);
     const int J = num_columns / 16, num_scales = num_columns / 128;
     int rows[4]; // of this lane: two in each of two tiles of 16
 #pragma unroll
@@ -230,9 +235,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
 
     plane += ((i64)slot * num_rows + rows[0]) * (num_columns / 4) + 8 * t;
     const int apart[4] = {0, 8, half, half + 8}; // this lane's rows, from its first
-    const int begin = warp * (J / WARPS), steps = J / WARPS / 8; // four to each 32 words
+    // Runs of 32 words, divided among parts and then warps; four steps to each.
+    const int runs = J / 32, part_begin = blockIdx.z * runs / gridDim.z;
+    const int part_runs = (blockIdx.z + 1) * runs / gridDim.z - part_begin;
+    const int begin = 32 * (part_begin + k_warp * part_runs / K_WARPS);
+    const int steps = (32 * (part_begin + (k_warp + 1) * part_runs / K_WARPS) - begin) / 8;
     // [STAGES][ITEMS][32] of this warp
-    uint4(*ring)[32] = reinterpret_cast<uint4(*)[32]>(memory + ROWS * num_scales) + warp * STAGES * ITEMS;
+    uint4(*ring)[32] =
+        reinterpret_cast<uint4(*)[32]>(memory + BLOCK_ROWS * num_scales / 2) + warp * STAGES * ITEMS;
     auto copy_step = [&](int step) {
         if (step < steps) {
             uint4(*slot_of)[32] = ring + step % STAGES * ITEMS;
@@ -260,16 +270,18 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
     for (int step = 0; step < STAGES - 1; step++) copy_step(step);
 
     // Scales of the block's rows, turned so that a lane's neighbours read neighbours.
-    float(*scale)[ROWS] = reinterpret_cast<float(*)[ROWS]>(memory);
-    {
-        const int r = thread >> 2;
-        const i64 row = (i64)slot * num_rows + first + (r >> 4) * half + (r & 15);
+    u16(*scales_of)[BLOCK_ROWS] = reinterpret_cast<u16(*)[BLOCK_ROWS]>(memory);
+    for (int r = thread >> 2; r < BLOCK_ROWS; r += 8 * WARPS) {
+        const int block_first = (blockIdx.y * ROW_WARPS + r / ROWS) * (GATE_UP ? ROWS / 2 : ROWS);
+        const i64 row = (i64)slot * num_rows + block_first + (r % ROWS >> 4) * half + (r & 15);
         for (int s = 2 * t; s < num_scales; s += 8) {
             const u32 two = *(const u32 *)(scales + row * num_scales + s);
-            scale[s][r] = __uint_as_float(two << 16);
-            scale[s + 1][r] = __uint_as_float(two & 0xFFFF0000u);
+            scales_of[s][r] = two & 0xFFFF;
+            scales_of[s + 1][r] = two >> 16;
         }
     }
+    const u16(*scale)[BLOCK_ROWS] =
+        reinterpret_cast<const u16(*)[BLOCK_ROWS]>(&scales_of[0][ROWS * row_warp]);
     float sums[FACES][TILES][2][4];
 #pragma unroll
     for (int v = 0; v < FACES; v++)
@@ -303,9 +315,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
         field<3>(sums, variant, shared, slot_of, next, scale, q, column + 12 * J);
     }
 
+    auto store = [&](int v, int row, int token, float value, float up) {
+        const i64 pair = pairs[tile_pairs[v] + token];
+        if (GATE_UP) {
+            float inner = value / (1.f + __expf(-value)) * up;
+            inner = fminf(fmaxf(inner, -65504.f), 65504.f);
+            u16 bits;
+            asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(inner));
+            ((u16 *)out)[pair * (num_rows / 2) + first + row] = bits;
+        } else {
+            ((float *)out)[(pair * gridDim.z + blockIdx.z) * num_rows + first + row] = value * weights[pair];
+        }
+    };
+    if (K_WARPS == 1) {
+#pragma unroll
+        for (int v = 0; v < FACES; v++)
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int row = g + 8 * (e >> 1), token = 8 * tile + 2 * t + (e & 1);
+                    if (token >= variant[v].tokens) continue;
+                    store(v, row, token, sums[v][tile][0][e], sums[v][tile][1][e]);
+                    if (!GATE_UP) store(v, row + 16, token, sums[v][tile][1][e], 0.f);
+                }
+        return;
+    }
     // Add the warps' quarters up, a face at a time, through shared memory.
     __syncthreads();
-    float *quarter = memory + ROWS * num_scales; // [WARPS][ROWS][TOKENS + 1]
+    float *quarter = memory + BLOCK_ROWS * num_scales / 2; // [WARPS][ROWS][TOKENS + 1]
 #pragma unroll
     for (int v = 0; v < FACES; v++) {
         if (variant[v].tokens <= 0) continue;
@@ -325,20 +363,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, FACES == 1 && TILES <= 
             for (int w = 0; w < WARPS; w++) sum += quarter[(w * ROWS + row) * (TOKENS + 1) + token];
             return sum;
         };
-        for (int at = thread; at < (GATE_UP ? ROWS / 2 : ROWS) * TOKENS; at += 32 * WARPS) {
-            const int row = at % (GATE_UP ? ROWS / 2 : ROWS), token = at / (GATE_UP ? ROWS / 2 : ROWS);
-            if (token >= variant[v].tokens) continue;
-            const i64 pair = pairs[tile_pairs[v] + token];
-            if (GATE_UP) {
-                const float gate = total(row, token), up = total(row + ROWS / 2, token);
-                float inner = gate / (1.f + __expf(-gate)) * up;
-                inner = fminf(fmaxf(inner, -65504.f), 65504.f);
-                u16 bits;
-                asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(inner));
-                ((u16 *)out)[pair * (num_rows / 2) + first + row] = bits;
-            } else {
-                ((float *)out)[pair * num_rows + first + row] = total(row, token) * weights[pair];
-            }
+        constexpr int kept = GATE_UP ? ROWS / 2 : ROWS;
+        for (int at = thread; at < kept * variant[v].tokens; at += 32 * WARPS) {
+            const int row = at % kept, token = at / kept;
+            store(v, row, token, total(row, token), GATE_UP ? total(row + ROWS / 2, token) : 0.f);
         }
     }
 }

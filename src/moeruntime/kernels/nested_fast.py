@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, FastPart
+from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, Cut, FastPart
 from moeruntime.kernels.nvrtc import Kernel, compile_kernel
 
 __all__ = ["down", "gate_up"]
@@ -29,7 +29,7 @@ def gate_up(x_TH: Tensor, fast: FastPart, lists: FaceLists, layer: int, *, out_M
 
 
 def down(x_MI: Tensor, fast: FastPart, lists: FaceLists, layer: int, *, out_MSH: Tensor) -> None:
-    """down_proj of every pair, times its routing weight, as `experts.down`; one part."""
+    """down_proj of every pair, times its routing weight, as `experts.down`."""
     _launch(fast, x_MI, out_MSH, lists, layer, x_MI.shape[0], False)
 
 
@@ -43,17 +43,15 @@ def _launch(
     is_gate_up: bool,
 ) -> None:
     assert x.dtype == torch.float16 and x.is_contiguous()
-    part = fast.part
-    faces, tiles = fast.cut(num_pairs)
-    groups = fast.groups[faces]
-    tokens = 8 * tiles
-    kernel = _kernel(faces, tiles, fast.planes, is_gate_up)
+    part, cut = fast.part, fast.cut(num_pairs)
+    groups, tokens = fast.groups[cut.faces], 8 * cut.tiles
+    num_parts = 1 if is_gate_up else out.shape[1]
     num_works = min(num_pairs, len(groups) + num_pairs // tokens)
-    items, stages = 4 + 4 * faces * fast.planes, 3 if faces == 1 else 2
+    items, stages = 4 + 4 * cut.faces * fast.planes, 3 if cut.faces == 1 else 2
     ring_bytes = 16 * 32 * WARPS * stages * items
-    scale_bytes = 4 * ROWS * part.num_columns // GROUP
-    kernel(
-        (num_works, part.num_rows // ROWS, 1),
+    scale_bytes = 2 * ROWS * cut.row_warps * part.num_columns // GROUP
+    _kernel(cut, fast.planes, is_gate_up)(
+        (num_works, part.num_rows // (ROWS * cut.row_warps), num_parts),
         32 * WARPS,
         (
             x, part.planes[4], part.scale_SRG, part.faces_F6, groups, lists.counts_LF[layer],
@@ -65,10 +63,11 @@ def _launch(
     )  # fmt: skip
 
 
-def _kernel(faces: int, tiles: int, planes: int, is_gate_up: bool) -> Kernel:
+def _kernel(cut: Cut, planes: int, is_gate_up: bool) -> Kernel:
     defines = (
-        ("FACES", faces),
-        ("TILES", tiles),
+        ("FACES", cut.faces),
+        ("TILES", cut.tiles),
+        ("ROW_WARPS", cut.row_warps),
         ("PLANES", planes),
         ("GATE_UP", int(is_gate_up)),
     )

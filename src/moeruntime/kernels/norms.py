@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.overlap import release, wait
 
 __all__ = ["add_norm", "find_tile", "gated", "route"]
 
@@ -45,10 +44,7 @@ def _sum_parts(
 def _add_norm_kernel(
     residual, parts, rows, shares, weight, slot_T, out, slot_stride, eps,
     P: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, GATHERED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    release(OVERLAP)
     token = tl.program_id(0)
     offsets = tl.arange(0, ROW)
     inside = offsets < H
@@ -72,7 +68,6 @@ def add_norm(
     out_TH: Tensor,
     rows_TP: Tensor | None = None,
     shares_TP: Tensor | None = None,
-    overlap: bool = False,
 ) -> None:
     """Add parts to the residual, in place, and write its norm by each token's own variant.
 
@@ -85,7 +80,6 @@ def add_norm(
         out_TH: the normed tokens, in the dtype of the products that read them.
         rows_TP: int64; if given, `parts` is [rows, H] and these are each token's.
         shares_TP: float32; what those are multiplied by.
-        overlap: start before the launch before it is done (`overlap.py`).
     """
     num_tokens, hidden = residual_TH.shape
     gathered = rows_TP is not None
@@ -98,7 +92,6 @@ def add_norm(
         nothing if shares_TP is None else shares_TP, weight_RH, slot_T, out_TH,
         weight_RH.stride(0), eps,
         P=num_parts, H=hidden, **_row(hidden), GATHERED=gathered,
-        OVERLAP=overlap, launch_pdl=overlap,
     )  # fmt: skip
 
 
@@ -123,10 +116,8 @@ def _route_kernel(
     counts, pairs, weights,
     norm_stride, router_stride, faces_stride, capacity, eps,
     P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
-    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
+    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    release(OVERLAP)
     token = tl.program_id(0)
     slot, variant = tl.load(slot_T + token), tl.load(variant_T + token)
     router += slot * router_stride
@@ -179,7 +170,6 @@ def route(
     eps: float,
     *,
     out_TH: Tensor,
-    overlap: bool = False,
 ) -> None:
     """Add parts to the residual, write its norm, and put each token on its experts' lists.
 
@@ -197,7 +187,6 @@ def route(
         layer: the layer's index.
         eps: added to the mean square.
         out_TH: the normed tokens.
-        overlap: start before the launch before it is done.
     """
     num_tokens, hidden = residual_TH.shape
     num_experts, top_k = router_REH.shape[1], lists.weights_TK.shape[1]
@@ -209,7 +198,6 @@ def route(
         E_POW2=triton.next_power_of_2(num_experts), K=top_k,
         K_POW2=triton.next_power_of_2(top_k),
         AT_ONCE=min(EXPERTS_AT_ONCE, triton.next_power_of_2(num_experts)), **_row(hidden),
-        OVERLAP=overlap, launch_pdl=overlap,
     )  # fmt: skip
 
 

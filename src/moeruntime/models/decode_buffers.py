@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeruntime.families import ModelConfig
 from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import DOWN_PARTS
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import blocks_for
 
@@ -139,7 +140,7 @@ class StepBuffers:
         self.inner = {
             kind: zeros(pairs, config.intermediate_size, of=kind) for kind in expert_dtypes
         }
-        parts = max(one.down.parts for one in shapes)
+        parts = max(DOWN_PARTS, *(one.down.parts for one in shapes))
         self.down_parts = zeros(pairs * parts * hidden, of=torch.float32)
         self.logits = zeros(rows, config.vocab_size, of=torch.float32)
         self.lists = FaceLists(config.num_layers, max_faces, rows, config.top_k, device)

@@ -21,13 +21,12 @@ from torch import Tensor
 from moeruntime.families.base import layer_role
 from moeruntime.kernels import attention, norms
 from moeruntime.kernels.attention import DecodeScratch
-from moeruntime.kernels.overlap import may_overlap
 from moeruntime.kernels.projections import project
 from moeruntime.kernels.shapes import tile_rows
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.decode_buffers import StepBuffers, StepShapes, batch_sizes
 from moeruntime.models.experts import DensePool
-from moeruntime.models.fused import FusedDecoder, down, expert_dtype, gate_up
+from moeruntime.models.fused import FusedDecoder, coded_parts, down, expert_dtype, gate_up
 
 __all__ = ["DecodeGraphs"]
 
@@ -47,7 +46,6 @@ class DecodeGraphs:
         self._sizes = batch_sizes(max_rows)
         self._steps: dict[int, _Step] = {}
         self._pool: Any = None
-        self._overlap = may_overlap()
         config, device = model.config, model.faces_VLE.device
         exact = model.head.dtype == torch.float32
         self._shapes = {size: StepShapes.of(size, exact=exact) for size in self._sizes}
@@ -99,7 +97,7 @@ class DecodeGraphs:
             return flat[: rows * parts * hidden].view(rows, parts, hidden)
 
         o_parts = cut(buffers.o_parts, size, shapes.o.parts)
-        scratch, overlap = self._scratch(size), self._overlap
+        scratch = self._scratch(size)
         buffers.lists.reset()
         residual.copy_(weights["embed_tokens"][slot_T, token_T])
         parts = None
@@ -111,10 +109,9 @@ class DecodeGraphs:
                 slot_T,
                 config.rms_norm_eps,
                 out_TH=normed,
-                overlap=overlap,
             )
             qkv_proj = weights[layer_role(layer, "qkv_proj")]
-            project(normed, qkv_proj, tiles_3N, shapes.qkv, out=qkv[:, None], overlap=overlap)
+            project(normed, qkv_proj, tiles_3N, shapes.qkv, out=qkv[:, None])
             attention.decode_attention(
                 qkv,
                 position_T,
@@ -126,10 +123,9 @@ class DecodeGraphs:
                 scratch,
                 config.sliding_window,
                 out_TC=attended,
-                overlap=overlap,
             )
             o_proj = weights[layer_role(layer, "o_proj")]
-            project(attended, o_proj, tiles_3N, shapes.o, out=o_parts, overlap=overlap)
+            project(attended, o_proj, tiles_3N, shapes.o, out=o_parts)
             pool, kind = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
             routed, inner = buffers.routed[kind][:size], buffers.inner[kind][:pairs]
             norms.route(
@@ -144,25 +140,16 @@ class DecodeGraphs:
                 layer,
                 config.rms_norm_eps,
                 out_TH=routed,
-                overlap=overlap,
             )
-            gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, inner, overlap)
-            # Coded experts come in one part.
-            num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
+            gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, inner)
+            num_parts = shapes.down.parts if isinstance(pool, DensePool) else coded_parts(pool)
             found = cut(buffers.down_parts, pairs, num_parts)
-            down(pool, inner, buffers.lists, layer, shapes.down, found, overlap)
+            down(pool, inner, buffers.lists, layer, shapes.down, found)
             parts = found.view(size, config.top_k * num_parts, hidden)
         norms.add_norm(
-            residual,
-            parts,
-            weights["final_norm"],
-            slot_T,
-            config.rms_norm_eps,
-            out_TH=normed,
-            overlap=overlap,
+            residual, parts, weights["final_norm"], slot_T, config.rms_norm_eps, out_TH=normed
         )
-        logits = buffers.logits[:size, None]
-        project(normed, model.head, tiles_3N, shapes.head, out=logits, overlap=overlap)
+        project(normed, model.head, tiles_3N, shapes.head, out=buffers.logits[:size, None])
         token_T.copy_(buffers.logits[:size].argmax(dim=-1))
         position_T.add_(1)
 

@@ -29,7 +29,7 @@ from moeruntime.kernels import (
     norms,
 )
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import FacePart, FastPart, is_fast
+from moeruntime.kernels.face_parts import DOWN_PARTS, FacePart, FastPart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
@@ -159,11 +159,15 @@ class FusedDecoder:
         x_TH = x_TH.to(expert_dtype(pool, x_TH.dtype))
         inner_MI = x_TH.new_empty(faces_TK.numel(), self.config.intermediate_size)
         out_MSH = torch.empty(
-            faces_TK.numel(), 1, x_TH.shape[1], dtype=torch.float32, device=x_TH.device
+            faces_TK.numel(),
+            coded_parts(pool),
+            x_TH.shape[1],
+            dtype=torch.float32,
+            device=x_TH.device,
         )
         gate_up(pool, x_TH, lists, 0, MANY, inner_MI)
         down(pool, inner_MI, lists, 0, MANY, out_MSH)
-        return out_MSH.view(*faces_TK.shape, -1), None, None
+        return out_MSH.view(len(x_TH), -1, x_TH.shape[1]), None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,11 @@ class CodedPool:
 KernelPool = DensePool | CodedPool
 
 
+def coded_parts(pool: KernelPool) -> int:
+    """Parts in which `down` of coded experts comes, to be added up."""
+    return DOWN_PARTS if isinstance(pool, CodedPool) and pool.fast else 1
+
+
 def num_faces(pool: KernelPool) -> int:
     """Distinct experts of a layer."""
     return pool.num_faces if isinstance(pool, DensePool) else len(pool.parts[0].faces_F6)
@@ -188,17 +197,11 @@ def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
 
 
 def gate_up(
-    pool: KernelPool,
-    x_TH: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    out_MI: Tensor,
-    overlap: bool = False,
+    pool: KernelPool, x_TH: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MI: Tensor
 ) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI, overlap=overlap)
+        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
     elif pool.fast:
         nested_fast.gate_up(x_TH, pool.fast[0], lists, layer, out_MI=out_MI)
     else:
@@ -206,17 +209,11 @@ def gate_up(
 
 
 def down(
-    pool: KernelPool,
-    x_MI: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    out_MSH: Tensor,
-    overlap: bool = False,
+    pool: KernelPool, x_MI: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MSH: Tensor
 ) -> None:
     """down_proj of every pair, times its routing weight, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH, overlap=overlap)
+        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
     elif pool.fast:
         nested_fast.down(x_MI, pool.fast[1], lists, layer, out_MSH=out_MSH)
     else:
