@@ -14,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _common import cpu_name, make_checkpoint, print_json
+from _common import make_checkpoint, print_json
+
+from moeruntime.bench.machine import cpu_name
 
 HIDDEN, INNER, EXPERTS = 512, 1792, 8
 DEPTHS = (4, 8, 16)
