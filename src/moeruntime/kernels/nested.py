@@ -32,6 +32,7 @@ class FacePart:
         scale_SRG: bfloat16.
         faces_F6: int64; slot, private bits, step, and the addresses of the private planes
             [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
+        num_planes: private planes that a face has at most; three bits are two.
     """
 
     num_rows: int
@@ -41,6 +42,7 @@ class FacePart:
     planes: dict[int, Tensor]
     scale_SRG: Tensor
     faces_F6: Tensor
+    num_planes: int
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from moeruntime.kernels.projections import Shape, project, tile_rows
 from moeruntime.kv_cache import blocks_for
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.experts import DensePool
-from moeruntime.models.fused import FusedDecoder, coded_parts, down, expert_dtype, gate_up
+from moeruntime.models.fused import FusedDecoder, down, expert_dtype, gate_up
 
 __all__ = ["BATCH_SIZES", "DecodeGraphs"]
 
@@ -73,12 +73,13 @@ _MEASURED = {
         down=Shape(rows=64, step=128, tokens=16, parts=2),
         head=Shape(rows=64, step=128, tokens=32),
     ),
+    # Tiles of 32: two of one variant cost nothing, and a batch of several variants wastes less.
     64: Shapes(
-        qkv=Shape(rows=64, step=128, tokens=64),
-        o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        qkv=Shape(rows=64, step=128, tokens=32),
+        o=Shape(rows=64, step=128, tokens=32, parts=2),
         gate_up=Shape(rows=32, step=128, tokens=32),
         down=Shape(rows=64, step=128, tokens=32, parts=2),
-        head=Shape(rows=64, step=128, tokens=64),
+        head=Shape(rows=64, step=128, tokens=32),
     ),
     256: Shapes(
         qkv=Shape(rows=64, step=128, tokens=64),
@@ -113,7 +114,6 @@ class DecodeGraphs:
         self._shapes = {size: Shapes.of(size, exact=exact) for size in self._sizes}
         max_parts = max(one.o.parts for one in self._shapes.values())
         max_down = max(one.down.parts for one in self._shapes.values())
-        max_down = max(max_down, *(coded_parts(pool) for pool in model.pools))
         self._max_blocks = blocks_for(config.max_context)
 
         def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -223,7 +223,8 @@ class DecodeGraphs:
                 out_TH=routed,
             )
             gate_up(pool, routed, self.lists, layer, shapes.gate_up, inner)
-            num_parts = shapes.down.parts if isinstance(pool, DensePool) else coded_parts(pool)
+            # Coded experts come in one part.
+            num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
             found = cut(self.down_parts, pairs, num_parts)
             down(pool, inner, self.lists, layer, shapes.down, found)
             parts = found.view(size, config.top_k * num_parts, hidden)
