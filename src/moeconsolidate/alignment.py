@@ -20,7 +20,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moeconsolidate.importance import ExpertStatistics, Statistics
+from moeconsolidate.importance import ExpertStatistics, Statistics, column_blocks
 from moeruntime.families import ModelConfig
 
 __all__ = ["neuron_order", "reorder_neurons", "reorder_statistics"]
@@ -57,7 +57,8 @@ def reorder_statistics(
 ) -> Statistics:
     """The calibration of a variant, some experts of which were reordered in one layer.
 
-    Neurons are gate_up's outputs, twice over, and down's inputs.
+    Neurons are gate_up's outputs, twice over, and down's inputs. Where second moments are kept in
+    blocks, what lay between two old blocks is 0 in the new ones too.
 
     Args:
         statistics: left as it is.
@@ -66,17 +67,21 @@ def reorder_statistics(
     """
     parts = dict(statistics.layers[layer])
     gate_up, down = parts["gate_up"], parts["down"]
-    outputs_ER, inputs_ECC = gate_up.outputs_ER.clone(), down.inputs_ECC.clone()
+    outputs_ER = gate_up.outputs_ER.clone()
+    inputs_EKK = [moments_EKK.clone() for moments_EKK in down.inputs_EKK]
+    blocks = column_blocks(sum(moments_EKK.shape[-1] for moments_EKK in inputs_EKK))
     gate_up_samples, down_samples = dict(gate_up.samples), dict(down.samples)
     for expert, order_I in orders.items():
         both_R = torch.cat([order_I, order_I + len(order_I)])
         outputs_ER[expert] = outputs_ER[expert, both_R]
-        inputs_ECC[expert] = inputs_ECC[expert][order_I][:, order_I]
+        moment_II = down.whole_moment(expert)[order_I][:, order_I]
+        for block, moments_EKK in zip(blocks, inputs_EKK, strict=True):
+            moments_EKK[expert] = moment_II[block, block]
         if expert in gate_up_samples:
             gate_up_samples[expert] = [(x, d[:, both_R]) for x, d in gate_up_samples[expert]]
             down_samples[expert] = [(x[:, order_I], d) for x, d in down_samples[expert]]
-    parts["gate_up"] = ExpertStatistics(gate_up.inputs_ECC, outputs_ER, gate_up_samples)
-    parts["down"] = ExpertStatistics(inputs_ECC, down.outputs_ER, down_samples)
+    parts["gate_up"] = ExpertStatistics(gate_up.inputs_EKK, outputs_ER, gate_up_samples)
+    parts["down"] = ExpertStatistics(tuple(inputs_EKK), down.outputs_ER, down_samples)
     return replace(statistics, layers=_OneReplaced(statistics.layers, layer, parts))
 
 

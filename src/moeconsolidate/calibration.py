@@ -3,7 +3,7 @@
 For every expert the compiler wants to know which inputs it really sees and which of its outputs the
 loss depends on. One forward sweep keeps each layer's input; one backward sweep recomputes a layer
 with gradients of activations (never of weights), takes what it needs, and hands the gradient down.
-Only one layer's weights are in memory.
+Only one layer's weights are in memory; inputs and what was learned wait on disk.
 
 The loss is taken against tokens drawn from the model's own predictions, which makes the squared
 gradients an unbiased estimate of the Fisher information (as in natural-gradient work; labels from
@@ -14,14 +14,15 @@ Legend: W windows of T tokens, N tokens of a window batch, H hidden, I intermedi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.importance import ExpertStatistics, Statistics, watched_experts
+from moeconsolidate.importance import ExpertStatistics, SpooledLayers, Statistics, watched_experts
+from moeconsolidate.spool import Spool
 from moeruntime.families.base import ModelConfig, layer_role
 from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
 from moeruntime.models.moe import route
@@ -48,7 +49,7 @@ def collect(
         on_layer: called after each layer, forward and backward, with how many are done.
     """
     config = checkpoint.config
-    inputs_LWTH: list[Tensor] = []
+    spool = Spool()
     hidden_WTH = checkpoint.read_non_expert("embed_tokens").float()[windows_WT]
     done = 0
 
@@ -59,19 +60,21 @@ def collect(
             on_layer(done)
 
     for idx in range(config.num_layers):
-        inputs_LWTH.append(hidden_WTH)
+        spool.put(f"input-{idx}", hidden_WTH)
         layer = StreamedLayer(checkpoint, idx)
         hidden_WTH = layer.run(hidden_WTH)
         report()
     gradient_WTH = _output_gradient(checkpoint, hidden_WTH, seed)
-    layers: list[Mapping[str, ExpertStatistics]] = []
+    layers = SpooledLayers(spool, config.num_layers)
     routed = []
     for idx in reversed(range(config.num_layers)):
         layer = StreamedLayer(checkpoint, idx)
         taps = _Taps(config, watched_experts(idx, config.num_experts))
         below = []
         for x, gradient in zip(
-            inputs_LWTH.pop().split(BATCH_WINDOWS), gradient_WTH.split(BATCH_WINDOWS), strict=True
+            spool.get(f"input-{idx}").split(BATCH_WINDOWS),
+            gradient_WTH.split(BATCH_WINDOWS),
+            strict=True,
         ):
             x = x.requires_grad_()  # noqa: PLW2901 - a leaf of its own
             layer.forward(x, taps).backward(gradient)
@@ -79,10 +82,11 @@ def collect(
             assert x.grad is not None
             below.append(x.grad)
         gradient_WTH = torch.cat(below)
-        layers.append({"gate_up": taps.gate_up, "down": taps.down})
+        spool.drop(f"input-{idx}")
+        layers.put(idx, {"gate_up": taps.gate_up, "down": taps.down})
         routed.append(taps.num_routed_E)
         report()
-    return Statistics(windows_WT.numel(), layers[::-1], torch.stack(routed[::-1]))
+    return Statistics(windows_WT.numel(), layers, torch.stack(routed[::-1]))
 
 
 class _Taps:

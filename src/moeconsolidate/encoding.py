@@ -9,7 +9,7 @@ variants at once: one shared H, the best L of each variant beside it, each varia
 its own columns. A few sweeps of coordinate descent on the same cost follow.
 
 Legend: N slots with equally many members, V members of a slot, R rows (outputs), C columns
-(inputs), G scales a row, g columns a scale, K columns of a block.
+(inputs), G scales a row, g columns a scale, K columns of a block of A.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from moeconsolidate.importance import Importance
 from moeruntime.codes import NestedCode, PrivateCode, scale_columns
 from moeruntime.codes.nested import LEVEL_BITS
 
-__all__ = ["NestedCodes", "encode"]
+__all__ = ["Feedback", "NestedCodes", "encode"]
 
-BLOCK_COLUMNS = 32
+BATCH_COLUMNS = 16
 """Columns between two updates of all that follow; a matter of speed alone."""
+
+CACHED_WEIGHTS = 2**16
+"""Weights whose scales are searched at once; a matter of speed alone."""
 
 COARSE_FACTORS, FINE_OFFSETS = (0.6, 0.8, 1.0), (-0.1, -0.05, 0.05, 0.1)
 """Scales tried, as parts of the one that just covers a group's largest weight."""
@@ -62,6 +65,7 @@ def encode(
     importance: Importance | None = None,
     *,
     sweeps: int = 2,
+    feedback: Feedback | None = None,
 ) -> NestedCodes:
     """Choose codes for slots with equally many members.
 
@@ -72,13 +76,13 @@ def encode(
         importance: what an error costs; None treats all weights alike and rounds each to the
             nearest levels.
         sweeps: rounds of coordinate descent after the first choice.
+        feedback: of this importance, if it is at hand.
     """
     rule = _Rule.of(code, private)
     if importance is None:
         diagonal_NVRC = torch.ones(()).expand_as(weights_NVRC)
     else:
-        diagonal_NVC = importance.inputs_NVCC.diagonal(dim1=-2, dim2=-1)
-        diagonal_NVRC = importance.outputs_NVR[..., None] * diagonal_NVC[:, :, None, :]
+        diagonal_NVRC = importance.outputs_NVR[..., None] * importance.diagonal[:, :, None, :]
     scale_NRG = _search_scales(weights_NVRC, diagonal_NVRC, rule)
     step_NRC = _spread(scale_NRG, code.group, weights_NVRC.shape[-1])
     if importance is None:
@@ -86,7 +90,7 @@ def encode(
         levels_NVRC, shared_N1RC, private_NVRC = chosen
     else:
         levels_NVRC, shared_N1RC, private_NVRC = _feed_forward(
-            weights_NVRC, step_NRC, importance, rule, sweeps
+            weights_NVRC, step_NRC, feedback or Feedback.of(importance), rule, sweeps
         )
     return NestedCodes(
         shared_N1RC[:, 0].to(torch.uint8),
@@ -132,16 +136,29 @@ class _Rule:
         Returns:
             levels [N, V, R, K], H [N, 1, R, K] and L [N, V, R, K], all float32.
         """
-        total = weight_NVRK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        mean = (target_NVRK * weight_NVRK).sum(dim=1, keepdim=True) / total
-        below = torch.floor(mean / self.shared_step + self.shared_max / 2)
-        low = self._refine(target_NVRK, weight_NVRK, below)
-        high = self._refine(target_NVRK, weight_NVRK, below + 1)
+        low, high = self._both(target_NVRK, weight_NVRK)
         better = high[3] < low[3]
         return (
             torch.where(better, high[0], low[0]),
             torch.where(better, high[1], low[1]),
             torch.where(better, high[2], low[2]),
+        )
+
+    def error(self, target_NVRK: Tensor, weight_NVRK: Tensor) -> Tensor:
+        """What `choose` would leave: weighted squared error of all members, [N, R, K]."""
+        low, high = self._both(target_NVRK, weight_NVRK)
+        return torch.minimum(low[3], high[3])[:, 0]
+
+    def _both(
+        self, target_NVRK: Tensor, weight_NVRK: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`_refine` the H below the members' weighted mean, and the one above."""
+        total = weight_NVRK.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        mean = (target_NVRK * weight_NVRK).sum(dim=1, keepdim=True) / total
+        below = torch.floor(mean / self.shared_step + self.shared_max / 2)
+        return (
+            self._refine(target_NVRK, weight_NVRK, below),
+            self._refine(target_NVRK, weight_NVRK, below + 1),
         )
 
     def _refine(
@@ -161,17 +178,32 @@ class _Rule:
 def _search_scales(weights_NVRC: Tensor, diagonal_NVRC: Tensor, rule: _Rule) -> Tensor:
     """One scale a group: of a few candidates, the one with the least weighted rounding error.
 
-    First a coarse grid, the same for all groups, then each group's neighbours of its own best.
+    A few rows at a time, so that what is looked at again and again stays in the cache.
     """
+    num_rows = weights_NVRC.shape[2]
+    at_once = max(1, CACHED_WEIGHTS * num_rows // weights_NVRC.numel())
+    return torch.cat(
+        [
+            _search_rows(weights_NVRr, diagonal_NVRr, rule)
+            for weights_NVRr, diagonal_NVRr in zip(
+                weights_NVRC.split(at_once, dim=2), diagonal_NVRC.split(at_once, dim=2), strict=True
+            )
+        ],
+        dim=1,
+    )
+
+
+def _search_rows(weights_NVRC: Tensor, diagonal_NVRC: Tensor, rule: _Rule) -> Tensor:
+    """A coarse grid, the same for all groups, then each group's neighbours of its own best."""
     num_columns = weights_NVRC.shape[-1]
     num_scales = scale_columns(num_columns, rule.group)
-    shape = (*weights_NVRC.shape[:-1], num_scales, rule.group)
     padding = (0, num_scales * rule.group - num_columns)
 
     def by_group(x: Tensor) -> Tensor:
-        return (torch.nn.functional.pad(x, padding) if padding[1] else x).view(shape)
+        padded = torch.nn.functional.pad(x, padding) if padding[1] else x
+        return padded.view(*padded.shape[:-1], num_scales, rule.group)
 
-    largest = by_group(weights_NVRC.abs()).amax(dim=(1, 4))
+    largest = by_group(weights_NVRC.abs().amax(dim=1)).amax(dim=-1)
     unit_NRG = largest.clamp_min(LEAST_WEIGHT) / rule.largest
     best_NRG = torch.ones_like(unit_NRG)
     least_NRG = torch.full_like(unit_NRG, torch.inf)
@@ -179,9 +211,8 @@ def _search_scales(weights_NVRC: Tensor, diagonal_NVRC: Tensor, rule: _Rule) -> 
     def try_factor(factor_NRG: Tensor) -> None:
         scale_NRG = (unit_NRG * factor_NRG).bfloat16().float()
         step = _spread(scale_NRG, rule.group, num_columns)[:, None]
-        level, _, _ = rule.choose(weights_NVRC / step, diagonal_NVRC)
-        error = (level * step - weights_NVRC).square_().mul_(diagonal_NVRC)
-        error_NRG = by_group(error).sum(dim=(1, 4))
+        error_NRC = rule.error(weights_NVRC / step, diagonal_NVRC)
+        error_NRG = by_group(error_NRC).sum(dim=-1) * scale_NRG.square()
         better = error_NRG < least_NRG
         best_NRG.copy_(torch.where(better, factor_NRG, best_NRG))
         least_NRG.copy_(torch.where(better, error_NRG, least_NRG))
@@ -200,82 +231,78 @@ def _spread(scale_NRG: Tensor, group: int, num_columns: int) -> Tensor:
 
 
 def _feed_forward(
-    weights_NVRC: Tensor,
-    step_NRC: Tensor,
-    importance: Importance,
-    rule: _Rule,
-    sweeps: int,
+    weights_NVRC: Tensor, step_NRC: Tensor, feedback: Feedback, rule: _Rule, sweeps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose column by column, the most important first, then sweep; columns come back in order."""
-    diagonal_NVC = importance.inputs_NVCC.diagonal(dim1=-2, dim2=-1)
-    outputs_NVR1 = importance.outputs_NVR[..., None]
-    weight_NC = (diagonal_NVC * importance.outputs_NVR.sum(dim=-1, keepdim=True)).sum(dim=1)
-    order_NC = weight_NC.argsort(dim=-1, descending=True)
-    sort = _Sorter(order_NC)
-    target_NVRC = sort.columns(weights_NVRC)
-    step_N1RC = sort.columns(step_NRC[:, None])
-    inputs_NVCC = sort.both(importance.inputs_NVCC)
-    levels, shared, private = _gptq(target_NVRC, step_N1RC, inputs_NVCC, outputs_NVR1, rule)
-    for _ in range(sweeps):
-        _descend(target_NVRC, step_N1RC, inputs_NVCC, outputs_NVR1, rule, levels, shared, private)
-    return sort.undo(levels), sort.undo(shared), sort.undo(private)
+    """Choose column by column, the most important first, then sweep; columns come back in order.
+
+    Inside, matrices lie column by column, so that one column is a run of memory.
+    """
+    found: list[list[Tensor]] = []
+    for block in feedback.blocks:
+        target_NVKR = block.sort.columns(weights_NVRC[..., block.columns]).mT.contiguous()
+        step_N1KR = block.sort.columns(step_NRC[:, None, :, block.columns]).mT.contiguous()
+        chosen = _gptq(target_NVKR, step_N1KR, block, feedback.outputs_NV1R, rule)
+        for _ in range(sweeps):
+            _descend(target_NVKR, step_N1KR, block, feedback.outputs_NV1R, rule, *chosen)
+        found.append([block.sort.undo(x.mT) for x in chosen])
+    levels, shared, private = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+    return levels, shared, private
 
 
 def _gptq(
-    target_NVRC: Tensor, step_N1RC: Tensor, inputs_NVCC: Tensor, outputs_NVR1: Tensor, rule: _Rule
+    target_NVKR: Tensor, step_N1KR: Tensor, block: _Block, outputs_NV1R: Tensor, rule: _Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass with error feedback; U is the upper Cholesky factor of the inverse of A."""
-    lower = torch.linalg.cholesky(inputs_NVCC.double())
-    feedback_NVCC = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-    pivots_NVC = feedback_NVCC.diagonal(dim1=-2, dim2=-1)
-    num_columns = target_NVRC.shape[-1]
-    left = target_NVRC.clone()
+    """One pass with error feedback over the columns of a block."""
+    feedback_NVKK = block.feedback_NVKK
+    pivots_NVK = feedback_NVKK.diagonal(dim1=-2, dim2=-1)
+    num_columns = target_NVKR.shape[-2]
+    left = target_NVKR.clone()
     levels, private = torch.empty_like(left), torch.empty_like(left)
-    shared = torch.empty_like(step_N1RC)
-    for start in range(0, num_columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, num_columns)
-        block, errors = left[..., start:stop], torch.empty_like(left[..., start:stop])
+    shared = torch.empty_like(step_N1KR)
+    for start in range(0, num_columns, BATCH_COLUMNS):
+        stop = min(start + BATCH_COLUMNS, num_columns)
+        batch, errors = left[:, :, start:stop], torch.empty_like(left[:, :, start:stop])
         for column in range(start, stop):
             at, here = slice(column, column + 1), column - start
-            step, pivot = step_N1RC[..., at], pivots_NVC[:, :, None, at]
-            wanted = block[..., here : here + 1]
-            chosen = rule.choose(wanted / step, outputs_NVR1 / pivot.square())
-            levels[..., at], shared[..., at], private[..., at] = chosen
+            step, pivot = step_N1KR[:, :, at], pivots_NVK[:, :, at, None]
+            wanted = batch[:, :, here : here + 1]
+            chosen = rule.choose(wanted / step, outputs_NV1R / pivot.square())
+            levels[:, :, at], shared[:, :, at], private[:, :, at] = chosen
             error = (wanted - chosen[0] * step) / pivot
-            errors[..., here : here + 1] = error
-            block[..., here + 1 :] -= error * feedback_NVCC[:, :, at, column + 1 : stop]
-        left[..., stop:] -= errors @ feedback_NVCC[:, :, start:stop, stop:]
+            errors[:, :, here : here + 1] = error
+            batch[:, :, here + 1 :] -= feedback_NVKK[:, :, column, column + 1 : stop, None] * error
+        left[:, :, stop:] -= feedback_NVKK[:, :, start:stop, stop:].mT @ errors
     return levels, shared, private
 
 
 def _descend(
-    target_NVRC: Tensor,
-    step_N1RC: Tensor,
-    inputs_NVCC: Tensor,
-    outputs_NVR1: Tensor,
+    target_NVKR: Tensor,
+    step_N1KR: Tensor,
+    block: _Block,
+    outputs_NV1R: Tensor,
     rule: _Rule,
     levels: Tensor,
     shared: Tensor,
     private: Tensor,
 ) -> None:
     """One sweep of cyclic coordinate descent over the columns, in place; the cost never rises."""
-    num_columns = target_NVRC.shape[-1]
-    diagonal_NVC = inputs_NVCC.diagonal(dim1=-2, dim2=-1)
-    slope_NVRC = (levels * step_N1RC - target_NVRC) @ inputs_NVCC
-    for start in range(0, num_columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, num_columns)
-        slope, moves = slope_NVRC[..., start:stop].clone(), []
+    num_columns, inputs_NVKK = target_NVKR.shape[-2], block.inputs_NVKK
+    diagonal_NVK = inputs_NVKK.diagonal(dim1=-2, dim2=-1)
+    slope_NVKR = inputs_NVKK @ (levels * step_N1KR - target_NVKR)
+    for start in range(0, num_columns, BATCH_COLUMNS):
+        stop = min(start + BATCH_COLUMNS, num_columns)
+        slope, moves = slope_NVKR[:, :, start:stop].clone(), []
         for column in range(start, stop):
-            at = slice(column, column + 1)
-            step, curvature = step_N1RC[..., at], diagonal_NVC[:, :, None, at]
-            now = levels[..., at] * step
-            wanted = now - slope[..., column - start, None] / curvature
-            chosen = rule.choose(wanted / step, outputs_NVR1 * curvature)
-            levels[..., at], shared[..., at], private[..., at] = chosen
+            at, here = slice(column, column + 1), column - start
+            step, curvature = step_N1KR[:, :, at], diagonal_NVK[:, :, at, None]
+            now = levels[:, :, at] * step
+            wanted = now - slope[:, :, here : here + 1] / curvature
+            chosen = rule.choose(wanted / step, outputs_NV1R * curvature)
+            levels[:, :, at], shared[:, :, at], private[:, :, at] = chosen
             move = chosen[0] * step - now
-            slope += move * inputs_NVCC[:, :, at, start:stop]
+            slope += inputs_NVKK[:, :, start:stop, column, None] * move
             moves.append(move)
-        slope_NVRC += torch.cat(moves, dim=-1) @ inputs_NVCC[:, :, start:stop, :]
+        slope_NVKR += inputs_NVKK[:, :, :, start:stop] @ torch.cat(moves, dim=2)
 
 
 class _Sorter:
@@ -297,3 +324,52 @@ class _Sorter:
     def undo(self, x: Tensor) -> Tensor:
         """Columns as they were."""
         return x.gather(-1, self._back.expand_as(x))
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Columns between which errors are fed, sorted by importance.
+
+    Attributes:
+        columns: which.
+        sort: into the order in which they are chosen.
+        inputs_NVKK: A in that order.
+        feedback_NVKK: U, the upper Cholesky factor of the inverse of A.
+    """
+
+    columns: slice
+    sort: _Sorter
+    inputs_NVKK: Tensor
+    feedback_NVKK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """An importance made ready for error feedback: worth keeping where it is used again.
+
+    Attributes:
+        outputs_NV1R: b.
+        blocks: A, block by block.
+    """
+
+    outputs_NV1R: Tensor
+    blocks: list[_Block]
+
+    def rows(self, rows_S: Tensor) -> Feedback:
+        """The same for some of the outputs; columns keep their order."""
+        return Feedback(self.outputs_NV1R[..., rows_S], self.blocks)
+
+    @classmethod
+    def of(cls, importance: Importance) -> Feedback:
+        """Sort and factor A."""
+        outputs_NV1 = importance.outputs_NVR.sum(dim=-1, keepdim=True)
+        blocks = []
+        for columns, inputs_NVKK in importance.blocks:
+            diagonal_NVK = inputs_NVKK.diagonal(dim1=-2, dim2=-1)
+            weight_NK = (diagonal_NVK * outputs_NV1).sum(dim=1)
+            sort = _Sorter(weight_NK.argsort(dim=-1, descending=True))
+            sorted_NVKK = sort.both(inputs_NVKK)
+            lower = torch.linalg.cholesky(sorted_NVKK.double())
+            feedback = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+            blocks.append(_Block(columns, sort, sorted_NVKK, feedback))
+        return cls(importance.outputs_NVR[:, :, None], blocks)

@@ -6,20 +6,34 @@ To second order, changing a matrix by D raises the loss by
 
 with A the second moment of the matrix' inputs, each token weighted by its squared loss gradient,
 and b_i output i's share of the squared gradients, halved: a Kronecker-factored Fisher (as in
-Martens and Grosse 2015) whose output factor is diagonal.
+Martens and Grosse 2015) whose output factor is diagonal. Of wide matrices only blocks along A's
+diagonal are kept, which costs C * BLOCK_COLUMNS in place of C * C: inputs of different blocks are
+taken for independent.
 
-Legend: E experts, R rows (outputs), C columns (inputs); N slots, V members of a slot.
+Legend: E experts, R rows (outputs), C columns (inputs), K columns of a block; N slots, V members of
+a slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import overload
 
 import torch
 from torch import Tensor
 
-__all__ = ["ExpertStatistics", "Importance", "Statistics", "watched_experts"]
+from moeconsolidate.spool import Spool
+
+__all__ = [
+    "ExpertStatistics",
+    "Importance",
+    "SpooledLayers",
+    "Statistics",
+    "column_blocks",
+    "watched_experts",
+]
 
 FLOOR = 0.1
 """Part of the layer's mean that every expert is given, however rarely calibration routes to it."""
@@ -27,6 +41,9 @@ FLOOR = 0.1
 DAMPING = 0.01
 """Part of A's mean diagonal that is added to it, so that inputs never seen still count; and the
 least part of b's mean that an output is given."""
+
+BLOCK_COLUMNS = 1024
+"""Second moments are kept between columns of one block of so many, at most."""
 
 LEAST = 1e-20
 """Taken for the mean where no gradient reaches a layer at all: then all weights matter alike."""
@@ -44,18 +61,25 @@ def watched_experts(layer: int, num_experts: int) -> list[int]:
     return [e for e in range(num_experts) if (layer * num_experts + e) % WATCH_STRIDE == 0]
 
 
+def column_blocks(num_columns: int) -> list[slice]:
+    """Columns cut into as few blocks as the limit allows, as equal as can be."""
+    num_blocks = max(1, -(-num_columns // BLOCK_COLUMNS))
+    width = max(1, -(-num_columns // num_blocks))
+    return [slice(start, min(start + width, num_columns)) for start in range(0, num_columns, width)]
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertStatistics:
     """Of one matrix of all experts of a layer, sums over calibration tokens.
 
     Attributes:
-        inputs_ECC: sum of |d|^2 x x^T, float32: x the matrix' input, d the loss gradient at its
-            output.
+        inputs_EKK: for each of `column_blocks`, the sum of |d|^2 x x^T, float32: x those columns of
+            the matrix' input, d the loss gradient at its output.
         outputs_ER: sum of d_i^2.
         samples: expert -> some of its (x, d), for experts that are watched closely.
     """
 
-    inputs_ECC: Tensor
+    inputs_EKK: tuple[Tensor, ...]
     outputs_ER: Tensor
     samples: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
@@ -65,7 +89,10 @@ class ExpertStatistics:
     ) -> ExpertStatistics:
         """Nothing counted yet; tokens of `watched` experts will be kept."""
         return cls(
-            torch.zeros(num_experts, num_columns, num_columns),
+            tuple(
+                torch.zeros(num_experts, block.stop - block.start, block.stop - block.start)
+                for block in column_blocks(num_columns)
+            ),
             torch.zeros(num_experts, num_rows),
             {expert: [] for expert in watched},
         )
@@ -74,27 +101,73 @@ class ExpertStatistics:
         """Count N tokens of one expert."""
         squares_NR = gradient_NR.square()
         weighted_NC = x_NC * squares_NR.sum(dim=1, keepdim=True)
-        self.inputs_ECC[expert].addmm_(weighted_NC.T, x_NC)
+        for block, sums_EKK in zip(column_blocks(x_NC.shape[1]), self.inputs_EKK, strict=True):
+            sums_EKK[expert].addmm_(weighted_NC[:, block].T, x_NC[:, block])
         self.outputs_ER[expert] += squares_NR.sum(dim=0)
         if expert in self.samples:
             self.samples[expert].append(
                 (x_NC[::SAMPLE_STRIDE].clone(), gradient_NR[::SAMPLE_STRIDE].clone())
             )
 
-    def coherence(self, expert: int, error_RC: Tensor) -> tuple[float, float]:
-        """The cost of an error on the sampled tokens, exactly and as `Importance` has it.
+    def whole_moment(self, expert: int) -> Tensor:
+        """One expert's second moment as a whole matrix, 0 between blocks."""
+        whole_CC: Tensor = torch.block_diag(*(sums_EKK[expert] for sums_EKK in self.inputs_EKK))
+        return whole_CC
+
+    def sampled_losses(
+        self, expert: int, error_RC: Tensor, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """What an error in some rows does on a watched expert's sampled tokens.
 
         `Importance` takes the outputs' errors for independent. Where a fine-tune's own change is
         lost they are not: they add up to what the fine-tune was trained to do.
+
+        Returns:
+            The first-order change of each token's loss, float32 [N], which adds up over rows and
+            whose halved squares are the cost; and that cost as `Importance` has it, float32 [].
         """
         x_NC, gradient_NR = (torch.cat(parts) for parts in zip(*self.samples[expert], strict=True))
         change_NR = x_NC @ error_RC.T
-        exact = (gradient_NR * change_NR).sum(dim=1).square().sum() / 2
         squares_NR = gradient_NR.square()
         share_R = squares_NR.sum(dim=0) / squares_NR.sum().clamp_min(1e-30)
         weight_N = squares_NR.sum(dim=1)
-        independent = ((change_NR.square() * share_R).sum(dim=1) * weight_N).sum() / 2
-        return float(exact), float(independent)
+        independent = ((change_NR.square() * share_R[rows]).sum(dim=1) * weight_N).sum() / 2
+        return (gradient_NR[:, rows] * change_NR).sum(dim=1), independent
+
+
+class SpooledLayers(Sequence[Mapping[str, ExpertStatistics]]):
+    """Each layer's sums by part, on disk until they are asked for."""
+
+    def __init__(self, spool: Spool, num_layers: int) -> None:
+        """Layers still to be put."""
+        self._spool, self._num_layers = spool, num_layers
+
+    def put(self, layer: int, parts: Mapping[str, ExpertStatistics]) -> None:
+        """Set a layer's sums aside."""
+        fields = {
+            part: (sums.inputs_EKK, sums.outputs_ER, sums.samples) for part, sums in parts.items()
+        }
+        self._spool.put(f"layer-{layer}", fields)
+
+    @overload
+    def __getitem__(self, layer: int) -> Mapping[str, ExpertStatistics]: ...
+    @overload
+    def __getitem__(self, layer: slice) -> list[Mapping[str, ExpertStatistics]]: ...
+    def __getitem__(
+        self, layer: int | slice
+    ) -> Mapping[str, ExpertStatistics] | list[Mapping[str, ExpertStatistics]]:
+        """Read a layer's sums back, or several layers'."""
+        layers = range(self._num_layers)[layer]
+        if isinstance(layers, range):
+            return [self[one] for one in layers]
+        return {
+            part: ExpertStatistics(*fields)
+            for part, fields in self._spool.get(f"layer-{layers}").items()
+        }
+
+    def __len__(self) -> int:
+        """Layers of the model."""
+        return self._num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +187,22 @@ class Statistics:
     def importance(self, layer: int, part: str) -> Importance:
         """The cost factors of one matrix of a layer's experts, as N = E slots of one member."""
         sums = self.layers[layer][part]
-        inputs_ECC = sums.inputs_ECC / self.num_tokens
-        inputs_ECC = inputs_ECC + FLOOR * inputs_ECC.mean(dim=0)
-        mean_E = inputs_ECC.diagonal(dim1=-2, dim2=-1).mean(dim=-1).clamp_min(LEAST)
-        inputs_ECC.diagonal(dim1=-2, dim2=-1).add_(DAMPING * mean_E[:, None])
+        num_columns = sum(sums_EKK.shape[-1] for sums_EKK in sums.inputs_EKK)
+        inputs_NVKK, trace_E = [], torch.zeros(len(sums.outputs_ER))
+        for sums_EKK in sums.inputs_EKK:
+            inputs_EKK = sums_EKK / self.num_tokens
+            inputs_EKK += FLOOR * inputs_EKK.mean(dim=0)
+            trace_E += inputs_EKK.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+            inputs_NVKK.append(inputs_EKK[:, None])
+        damping_E = DAMPING * (trace_E / num_columns).clamp_min(LEAST)
+        for block_NVKK in inputs_NVKK:
+            block_NVKK.diagonal(dim1=-2, dim2=-1).add_(damping_E[:, None, None])
         outputs_ER = sums.outputs_ER + FLOOR * sums.outputs_ER.mean(dim=0)
         outputs_ER = outputs_ER.maximum(
             DAMPING * outputs_ER.mean(dim=-1, keepdim=True).clamp_min(LEAST)
         )
         outputs_ER = outputs_ER / (2 * outputs_ER.sum(dim=-1, keepdim=True))
-        return Importance(inputs_ECC[:, None], outputs_ER[:, None])
+        return Importance(tuple(inputs_NVKK), outputs_ER[:, None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +210,37 @@ class Importance:
     """The factors of cost(D) for N slots of V members.
 
     Attributes:
-        inputs_NVCC: A, float32, symmetric and positive definite.
+        inputs_NVKK: A, float32, symmetric and positive definite: its blocks, columns in order.
         outputs_NVR: b, float32, positive.
     """
 
-    inputs_NVCC: Tensor
+    inputs_NVKK: tuple[Tensor, ...]
     outputs_NVR: Tensor
+
+    @property
+    def blocks(self) -> list[tuple[slice, Tensor]]:
+        """The columns of each block of A, and the block."""
+        widths = [block_NVKK.shape[-1] for block_NVKK in self.inputs_NVKK]
+        stops = list(accumulate(widths))
+        return [
+            (slice(stop - width, stop), block_NVKK)
+            for stop, width, block_NVKK in zip(stops, widths, self.inputs_NVKK, strict=True)
+        ]
+
+    @property
+    def diagonal(self) -> Tensor:
+        """A's diagonal, [N, V, C]."""
+        diagonals = [block.diagonal(dim1=-2, dim2=-1) for block in self.inputs_NVKK]
+        return torch.cat(diagonals, dim=-1)
 
     def cost(self, error_NVRC: Tensor) -> Tensor:
         """Predicted loss increase [N, V] of errors, nats per token."""
-        per_row = ((error_NVRC @ self.inputs_NVCC) * error_NVRC).sum(dim=-1)
+        per_row = torch.zeros_like(self.outputs_NVR)
+        for columns, block_NVKK in self.blocks:
+            error_NVRK = error_NVRC[..., columns]
+            per_row = per_row + ((error_NVRK @ block_NVKK) * error_NVRK).sum(dim=-1)
         return (per_row * self.outputs_NVR).sum(dim=-1)
 
     def rows(self, rows_S: Tensor) -> Importance:
         """The same for some of the outputs."""
-        return Importance(self.inputs_NVCC, self.outputs_NVR[..., rows_S])
+        return Importance(self.inputs_NVKK, self.outputs_NVR[..., rows_S])

@@ -19,7 +19,7 @@ from moeconsolidate.importance import Statistics
 from moeconsolidate.plan import ExpertRef, LayerPlan, Recipe
 from moeconsolidate.signals import expert_outputs, neurons
 from moeconsolidate.similarity import check_rows, cosine_similarity, linear_cka
-from moeconsolidate.threads import single_threaded_torch
+from moeconsolidate.threads import side_by_side, single_threaded_torch
 from moeruntime.errors import ResourceError
 
 __all__ = ["LayerReader"]
@@ -118,8 +118,8 @@ class LayerReader:
             ref, first = pair
             return ref, neuron_order(self._row(ref), self._row(first), self._config)
 
-        with single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
-            self._orders = dict(pool.map(match, pairs))
+        with single_threaded_torch():
+            self._orders = dict(side_by_side(match, pairs))
         for ref, order_I in self._orders.items():
             reorder_neurons(self._row(ref), order_I, self._config)
 

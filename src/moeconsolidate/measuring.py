@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from moeconsolidate.coding import decode_layer
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.plan import LayerPlan
+from moeconsolidate.threads import side_by_side
 from moeruntime.codes import NestedCode
 
 __all__ = ["MeasuredLoss", "measure"]
@@ -68,17 +70,26 @@ def measure(
     for plan in layers:
         reader.read(plan.layer, plan)
         decoded = decode_layer(plan, reader.experts_EP, config, nested, reader.aligned(statistics))
-        for idx, checkpoint in enumerate(checkpoints):
-            original = StreamedLayer(checkpoint, plan.layer)
-            replaced = StreamedLayer(checkpoint, plan.layer, experts=decoded[idx])
-            originals[idx] = original.run(originals[idx])
-            coded[idx] = replaced.run(coded[idx])
-    return [
-        _compare(checkpoint, windows_WT, before_WTH, after_WTH)
-        for checkpoint, windows_WT, before_WTH, after_WTH in zip(
-            checkpoints, windows, originals, coded, strict=True
+        both = side_by_side(
+            lambda one: _run_layer(*one),
+            zip(checkpoints, repeat(plan.layer), decoded, originals, coded, strict=False),
         )
-    ]
+        originals, coded = [one for one, _ in both], [one for _, one in both]
+    return side_by_side(
+        lambda one: _compare(*one), zip(checkpoints, windows, originals, coded, strict=True)
+    )
+
+
+def _run_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    experts: Sequence[tuple[Tensor, Tensor]],
+    before_WTH: Tensor,
+    after_WTH: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One variant's layer, original and coded, each on its own input."""
+    original = StreamedLayer(checkpoint, layer).run(before_WTH)
+    return original, StreamedLayer(checkpoint, layer, experts=experts).run(after_WTH)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -34,7 +33,7 @@ from moeconsolidate.plan import (
 )
 from moeconsolidate.signals import expert_inputs, num_inputs
 from moeconsolidate.texts import Windows, sampled_windows, text_windows
-from moeconsolidate.threads import single_threaded_torch
+from moeconsolidate.threads import side_by_side, single_threaded_torch
 from moeruntime.errors import UsageError
 from moeruntime.pack.manifest import EXPERT_PARTS
 
@@ -162,11 +161,8 @@ def calibrate(
             inputs_LNH = expert_inputs(checkpoint, windows.learned, share, on_layer=on_layer)
         return windows, statistics, inputs_LNH
 
-    with (
-        single_threaded_torch() as num_threads,
-        ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        learned = list(pool.map(learn, range(len(checkpoints))))
+    with single_threaded_torch():
+        learned = side_by_side(learn, range(len(checkpoints)))
     statistics = [one for _, one, _ in learned if one is not None]
     inputs = [one for _, _, one in learned if one is not None]
     return Calibration(
@@ -203,11 +199,11 @@ def plan_layers(
         plan = reader.read(layer)
         if recipe.allocated:
             assert calibration.statistics is not None
-            layer_of = (layer, plan.slots, reader.experts_EP, config, nested)
             statistics = reader.aligned(calibration.statistics)
-            units += layer_units(*layer_of, statistics)
+            layer_of = (plan, reader.experts_EP, config, nested, statistics)
+            units += layer_units(*layer_of)
             parts += [part for part in EXPERT_PARTS for _ in plan.slots]
-            coherence.watch(*layer_of, statistics)
+            coherence.watch(*layer_of)
         elif recipe.code == "nested":
             plan = with_default_codes(plan, recipe.shared_bits)
         plans.append(plan)

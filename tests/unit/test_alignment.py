@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors
+from moeconsolidate import importance
 from moeconsolidate.alignment import neuron_order, reorder_neurons, reorder_statistics
 from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.importance import Statistics
+from moeconsolidate.importance import ExpertStatistics, Statistics
 from moeconsolidate.signals import expert_outputs
 from moeruntime.families import ModelConfig
 
@@ -89,20 +90,39 @@ def test_calibration_is_that_of_the_reordered_expert(make_checkpoint: MakeCheckp
 
     before = statistics_of(make_checkpoint("before", tensors=tensors))
     expected = statistics_of(make_checkpoint("after", tensors=tensors, edit=edit))
-    untouched = before.layers[1]["down"].inputs_ECC.clone()
+    untouched = [one.clone() for one in before.layers[1]["down"].inputs_EKK]
     found = reorder_statistics(before, 1, {0: order_I, 2: order_I})
-    assert torch.equal(before.layers[1]["down"].inputs_ECC, untouched)
+    for now, then in zip(before.layers[1]["down"].inputs_EKK, untouched, strict=True):
+        assert torch.equal(now, then)
     assert sum(len(part.samples) for one in found.layers for part in one.values()) == 4
     for layer in range(2):
         for part in ("gate_up", "down"):
             ours, theirs = found.layers[layer][part], expected.layers[layer][part]
-            compare(ours.inputs_ECC, theirs.inputs_ECC)
+            for moments_EKK, expected_EKK in zip(ours.inputs_EKK, theirs.inputs_EKK, strict=True):
+                compare(moments_EKK, expected_EKK)
             compare(ours.outputs_ER, theirs.outputs_ER)
             assert set(ours.samples) == set(theirs.samples)
             for expert, samples in ours.samples.items():
                 for one, other in zip(samples, theirs.samples[expert], strict=True):
                     compare(one[0], other[0])
                     compare(one[1], other[1])
+
+
+def test_blocks_of_second_moments_hold_what_lay_in_one_block_before_and_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importance, "BLOCK_COLUMNS", 3)
+    x_NC, d_NR = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(6))
+    down = ExpertStatistics.zeros(1, 6, 6)
+    down.add(0, x_NC, d_NR)
+    gate_up = ExpertStatistics.zeros(1, 12, 6)
+    before = Statistics(9, [{"gate_up": gate_up, "down": down}], torch.tensor([[9]]))
+    order_I = torch.tensor([1, 0, 3, 2, 5, 4])
+    after = reorder_statistics(before, 0, {0: order_I}).layers[0]["down"]
+    expected_II = down.whole_moment(0)[order_I][:, order_I]
+    expected_II[:3, 3:] = expected_II[3:, :3] = 0
+    assert torch.equal(after.whole_moment(0), expected_II)
+    assert int((expected_II == 0).sum()) == 18 + 8  # between blocks, and where they were crossed
 
 
 def statistics_of(folder: Path) -> Statistics:

@@ -99,7 +99,7 @@ def test_statistics_are_those_of_gradients_of_every_tokens_weights(folder: Path)
         for part in ("gate_up", "down"):
             inputs_ECC, outputs_ER, counts_E = watcher.sums(part)
             largest = float(inputs_ECC.abs().max())
-            error = float((parts[part].inputs_ECC.double() - inputs_ECC).abs().max())
+            error = float((parts[part].inputs_EKK[0].double() - inputs_ECC).abs().max())
             assert error < 1e-4 * largest, (layer, part)
             error = float((parts[part].outputs_ER.double() - outputs_ER).abs().max())
             assert error < 1e-4 * float(outputs_ER.max()), (layer, part)
@@ -139,14 +139,14 @@ def test_the_same_text_and_seed_give_the_same_bits(
     for layer in range(2):
         for part in ("gate_up", "down"):
             ours, again = first.layers[layer][part], second.layers[layer][part]
-            assert torch.equal(ours.inputs_ECC, again.inputs_ECC)
+            assert torch.equal(ours.inputs_EKK[0], again.inputs_EKK[0])
             assert torch.equal(ours.outputs_ER, again.outputs_ER)
             assert not torch.equal(ours.outputs_ER, other.layers[layer][part].outputs_ER)
     monkeypatch.setattr(calibration, "BATCH_WINDOWS", 1)
     alone = statistics_of(folder)
     for layer in range(2):
         torch.testing.assert_close(
-            alone.layers[layer]["down"].inputs_ECC, first.layers[layer]["down"].inputs_ECC
+            alone.layers[layer]["down"].inputs_EKK, first.layers[layer]["down"].inputs_EKK
         )
 
 

@@ -1,4 +1,4 @@
-"""What Python decides for the CUDA kernels: tiles, groups of faces, lists, sizes of batches."""
+"""What Python decides for the CUDA kernels: tiles, lists of faces, sizes of batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import MAX_GROUPS, FacePart, FastPart, is_fast
+from moeruntime.kernels.face_parts import MAX_FACES, is_fast
 from moeruntime.kernels.shapes import tile_rows
 from moeruntime.models.decode_buffers import BATCH_SIZES, StepShapes, batch_sizes
 
@@ -83,46 +83,10 @@ def test_the_fast_kernel_takes_what_it_tiles_and_rounds_nothing(
     assert is_fast(code, shape, private) is expected
 
 
-def face_part(faces: list[tuple[int, int]], num_slots: int) -> FacePart:
-    """Faces (slot, private bits) without any codes."""
-    rows = [[slot, bits, 1, 0, 0, 0] for slot, bits in faces]
-    scale = torch.zeros(num_slots, 64, 16, dtype=torch.bfloat16)
-    return FacePart(64, 2048, 4, 128, {}, scale, torch.tensor(rows))
-
-
-@pytest.mark.parametrize(("bits", "planes", "most"), [(0, 0, 4), (2, 1, 4), (3, 2, 2)])
-def test_faces_of_one_slot_go_together(bits: int, planes: int, most: int) -> None:
-    faces = [(slot, bits) for slot in (2, 0, 2, 1, 2, 2, 0, 2)]
-    fast = FastPart.of(face_part(faces, 3))
-    assert fast is not None
-    assert fast.planes == planes
-    assert max(fast.groups) == most
-    for size, table in fast.groups.items():
-        assert table.shape[1] == size
-        rows = [[face for face in row if face >= 0] for row in table.tolist()]
-        assert sorted(face for row in rows for face in row) == list(range(len(faces)))
-        assert all(len({faces[face][0] for face in row}) == 1 for row in rows)
-        # As few groups as there can be.
-        counts = [sum(slot == one for slot, _ in faces) for one in range(3)]
-        assert len(rows) == sum(-(-count // size) for count in counts)
-
-
-def test_a_layer_of_more_groups_than_the_kernel_takes_is_not_fast() -> None:
-    assert FastPart.of(face_part([(slot, 2) for slot in range(MAX_GROUPS)], MAX_GROUPS))
-    more = MAX_GROUPS + 1
-    assert FastPart.of(face_part([(slot, 2) for slot in range(more)], more)) is None
-
-
-def test_faces_are_taken_together_only_while_few_tokens_go_to_each() -> None:
-    fast = FastPart.of(face_part([(face % 8, 2) for face in range(32)], 8))
-    alone = FastPart.of(face_part([(face, 2) for face in range(8)], 8))
-    assert fast is not None and alone is not None
-    assert fast.cut(2) == (4, 1, 1)
-    assert fast.cut(12 * 32).faces == 4
-    assert fast.cut(24 * 32).faces == 1
-    assert alone.cut(2).faces == 1, "nobody shares a slot"
-    tiles = [fast.cut(pairs).tiles for pairs in (1, 200, 700, 2000)]
-    assert tiles == [1, 2, 4, 8]
+def test_the_fast_kernel_counts_a_thread_a_face() -> None:
+    faces = [PrivateCode(2, 2)] * MAX_FACES
+    assert is_fast(NestedCode(4, 128), (4096, 14336), faces)
+    assert not is_fast(NestedCode(4, 128), (4096, 14336), [*faces, PrivateCode(2, 2)])
 
 
 def test_lists_name_each_pair_once_under_its_face() -> None:

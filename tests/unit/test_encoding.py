@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeconsolidate.allocation import OPTIONS
-from moeconsolidate.encoding import NestedCodes, encode
+from moeconsolidate.encoding import Feedback, NestedCodes, encode
 from moeconsolidate.importance import Importance
 from moeruntime.codes import NestedCode, PrivateCode, decode, scale_columns
 
@@ -38,7 +38,7 @@ def random_importance(
     inputs = inputs * torch.rand(columns, generator=generator).square() + 0.5 * inputs[..., :1]
     moment = inputs.mT @ inputs / inputs.shape[2] + 0.01 * torch.eye(columns)
     outputs = torch.rand(num_slots, num_members, rows, generator=generator) + 0.01
-    return Importance(moment, outputs)
+    return Importance((moment,), outputs)
 
 
 def read_back(codes: NestedCodes, code: NestedCode, private: Codes) -> Tensor:
@@ -217,7 +217,7 @@ def test_slots_do_not_know_each_other() -> None:
             weights[n : n + 1],
             CODE,
             private[n : n + 1],
-            Importance(importance.inputs_NVCC[n : n + 1], importance.outputs_NVR[n : n + 1]),
+            Importance((importance.inputs_NVKK[0][n : n + 1],), importance.outputs_NVR[n : n + 1]),
         )
         assert torch.equal(alone.shared_NRC[0], together.shared_NRC[n])
         assert torch.equal(alone.private_NVRC[0], together.private_NVRC[n])
@@ -252,10 +252,33 @@ def test_sweeps_never_raise_the_cost(code: NestedCode, private: Codes) -> None:
         assert bool((after <= before * (1 + 1e-5)).all())
 
 
+def test_blocks_of_columns_do_not_know_each_other() -> None:
+    weights, importance = related(2, 2), random_importance(2, 2)
+    code, private = NestedCode(4, 8), [[THREE, ONE], [NONE, THREE]]
+    moment = importance.inputs_NVKK[0]
+    halves = [(moment[..., cut, cut], cut) for cut in (slice(0, 24), slice(24, 40))]
+    blocked = Importance(tuple(half for half, _ in halves), importance.outputs_NVR)
+    together = encode(weights, code, private, blocked)
+    for half, cut in halves:
+        alone = encode(
+            weights[..., cut], code, private, Importance((half,), importance.outputs_NVR)
+        )
+        assert torch.equal(alone.weights_NVRC, together.weights_NVRC[..., cut])
+        assert torch.equal(alone.shared_NRC, together.shared_NRC[..., cut])
+
+
+def test_feedback_made_before_is_the_same() -> None:
+    weights, importance = related(2, 2), random_importance(2, 2)
+    private = [[THREE, ONE], [NONE, THREE]]
+    fresh = encode(weights, CODE, private, importance)
+    made = encode(weights, CODE, private, importance, feedback=Feedback.of(importance))
+    assert torch.equal(fresh.weights_NVRC, made.weights_NVRC)
+
+
 def test_equal_importance_of_independent_inputs_is_no_importance() -> None:
     """With A and b of ones on the diagonal, nothing is fed forward: rounding is the answer."""
     weights = related(2, 2)
-    ones = Importance(torch.eye(40).expand(2, 2, 40, 40).contiguous(), torch.ones(2, 2, 6))
+    ones = Importance((torch.eye(40).expand(2, 2, 40, 40),), torch.ones(2, 2, 6))
     private = [[THREE, ONE], [NONE, THREE]]
     plain, weighed = encode(weights, CODE, private), encode(weights, CODE, private, ones)
     assert torch.equal(plain.scale_NRG, weighed.scale_NRG)
@@ -268,7 +291,7 @@ def test_the_member_that_matters_is_served() -> None:
     weights[:, 1] += 1.0
     inputs = torch.eye(40).expand(1, 2, 40, 40).contiguous()
     outputs = torch.stack([torch.full((1, 6), 100.0), torch.full((1, 6), 0.01)], dim=1)
-    codes = encode(weights, CODE, [[NONE, NONE]], Importance(inputs, outputs))
+    codes = encode(weights, CODE, [[NONE, NONE]], Importance((inputs,), outputs))
     first, second = (codes.weights_NVRC - weights).square().mean(dim=(0, 2, 3))
     assert float(first) < 0.02
     assert float(second) > 0.5

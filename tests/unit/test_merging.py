@@ -164,7 +164,7 @@ def test_regmean_solves_the_regression() -> None:
     for idx, one in enumerate(statistics):
         for part in PARTS:
             x_NC = inputs[part][idx]
-            one.layers[LAYER][part].inputs_ECC[EXPERT] = (x_NC.T @ x_NC * one.num_tokens).float()
+            one.layers[LAYER][part].inputs_EKK[0][EXPERT] = (x_NC.T @ x_NC * one.num_tokens).float()
     rule = RegMean(ridge=1e-2)
     merged = merge(rule, rows, context(0, statistics))
     start = 0
@@ -192,7 +192,7 @@ def test_regmean_of_an_expert_that_saw_nothing_is_the_average() -> None:
     rows, statistics = make_rows(torch.float32), make_statistics()
     for one in statistics:
         for part in PARTS:
-            one.layers[LAYER][part].inputs_ECC[EXPERT] = 0
+            one.layers[LAYER][part].inputs_EKK[0][EXPERT] = 0
     merged = merge(MERGE_RULES["regmean"], rows, context(0, statistics))
     close(merged, torch.stack(rows).double().mean(dim=0))
 

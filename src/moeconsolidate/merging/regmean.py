@@ -79,6 +79,6 @@ def _moments(context: SlotContext, part: str) -> list[Tensor]:
     for ref in context.members:
         one = context.statistics[ref.variant_idx]
         moments.append(
-            one.layers[context.layer][part].inputs_ECC[ref.expert].double() / one.num_tokens
+            one.layers[context.layer][part].whole_moment(ref.expert).double() / one.num_tokens
         )
     return moments

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moeruntime.families import ModelConfig
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import DOWN_PARTS
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import blocks_for
 
@@ -69,12 +68,13 @@ _MEASURED = {
         down=Shape(rows=64, step=128, tokens=16, parts=2),
         head=Shape(rows=64, step=128, tokens=32),
     ),
+    # Tiles of 32: two of one variant cost nothing, and a batch of several variants wastes less.
     64: StepShapes(
-        qkv=Shape(rows=64, step=128, tokens=64),
-        o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        qkv=Shape(rows=64, step=128, tokens=32),
+        o=Shape(rows=64, step=128, tokens=32, parts=2),
         gate_up=Shape(rows=32, step=128, tokens=32),
         down=Shape(rows=64, step=128, tokens=32, parts=2),
-        head=Shape(rows=64, step=128, tokens=64),
+        head=Shape(rows=64, step=128, tokens=32),
     ),
     256: StepShapes(
         qkv=Shape(rows=64, step=128, tokens=64),
@@ -140,7 +140,7 @@ class StepBuffers:
         self.inner = {
             kind: zeros(pairs, config.intermediate_size, of=kind) for kind in expert_dtypes
         }
-        parts = max(DOWN_PARTS, *(one.down.parts for one in shapes))
+        parts = max(one.down.parts for one in shapes)
         self.down_parts = zeros(pairs * parts * hidden, of=torch.float32)
         self.logits = zeros(rows, config.vocab_size, of=torch.float32)
         self.lists = FaceLists(config.num_layers, max_faces, rows, config.top_k, device)

@@ -26,7 +26,7 @@ from moeruntime.kernels.shapes import tile_rows
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.decode_buffers import StepBuffers, StepShapes, batch_sizes
 from moeruntime.models.experts import DensePool
-from moeruntime.models.fused import FusedDecoder, coded_parts, down, expert_dtype, gate_up
+from moeruntime.models.fused import FusedDecoder, down, expert_dtype, gate_up
 
 __all__ = ["DecodeGraphs"]
 
@@ -142,7 +142,8 @@ class DecodeGraphs:
                 out_TH=routed,
             )
             gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, inner)
-            num_parts = shapes.down.parts if isinstance(pool, DensePool) else coded_parts(pool)
+            # Coded experts come in one part.
+            num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
             found = cut(buffers.down_parts, pairs, num_parts)
             down(pool, inner, buffers.lists, layer, shapes.down, found)
             parts = found.view(size, config.top_k * num_parts, hidden)

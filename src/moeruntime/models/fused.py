@@ -29,7 +29,7 @@ from moeruntime.kernels import (
     norms,
 )
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import DOWN_PARTS, FacePart, FastPart, is_fast
+from moeruntime.kernels.face_parts import FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
@@ -159,11 +159,7 @@ class FusedDecoder:
         x_TH = x_TH.to(expert_dtype(pool, x_TH.dtype))
         inner_MI = x_TH.new_empty(faces_TK.numel(), self.config.intermediate_size)
         out_MSH = torch.empty(
-            faces_TK.numel(),
-            coded_parts(pool),
-            x_TH.shape[1],
-            dtype=torch.float32,
-            device=x_TH.device,
+            faces_TK.numel(), 1, x_TH.shape[1], dtype=torch.float32, device=x_TH.device
         )
         gate_up(pool, x_TH, lists, 0, MANY, inner_MI)
         down(pool, inner_MI, lists, 0, MANY, out_MSH)
@@ -172,23 +168,19 @@ class FusedDecoder:
 
 @dataclass(frozen=True, slots=True)
 class CodedPool:
-    """A nested pool as the kernels read it: gate_up and down; of both kinds or of neither, fast."""
+    """A nested pool as the kernels read it; both parts or neither go the fast way."""
 
-    parts: tuple[FacePart, FacePart]
-    fast: tuple[FastPart, FastPart] | None
+    gate_up: FacePart
+    down: FacePart
+    fast: bool
 
 
 KernelPool = DensePool | CodedPool
 
 
-def coded_parts(pool: KernelPool) -> int:
-    """Parts in which `down` of coded experts comes, to be added up."""
-    return DOWN_PARTS if isinstance(pool, CodedPool) and pool.fast else 1
-
-
 def num_faces(pool: KernelPool) -> int:
     """Distinct experts of a layer."""
-    return pool.num_faces if isinstance(pool, DensePool) else len(pool.parts[0].faces_F6)
+    return pool.num_faces if isinstance(pool, DensePool) else len(pool.gate_up.faces_F6)
 
 
 def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
@@ -203,9 +195,9 @@ def gate_up(
     if isinstance(pool, DensePool):
         experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
     elif pool.fast:
-        nested_fast.gate_up(x_TH, pool.fast[0], lists, layer, out_MI=out_MI)
+        nested_fast.gate_up(x_TH, pool.gate_up, lists, layer, out_MI=out_MI)
     else:
-        nested.gate_up(x_TH, pool.parts[0], lists, layer, shape, out_MI=out_MI)
+        nested.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
 
 
 def down(
@@ -215,9 +207,9 @@ def down(
     if isinstance(pool, DensePool):
         experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
     elif pool.fast:
-        nested_fast.down(x_MI, pool.fast[1], lists, layer, out_MSH=out_MSH)
+        nested_fast.down(x_MI, pool.down, lists, layer, out_MSH=out_MSH)
     else:
-        nested.down(x_MI, pool.parts[1], lists, layer, shape, out_MSH=out_MSH)
+        nested.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
 
 
 def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
@@ -226,13 +218,15 @@ def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
         return pool
     assert isinstance(pool, NestedPool)
     gate_up, down = (_face_part(pool, idx) for idx in (0, 1))
-    fast: list[FastPart] = []
-    for idx, part in enumerate((gate_up, down)):
-        codes = [face.private[idx][1] for face in pool.faces]
-        shape = (part.num_rows, part.num_columns)
-        if dtype != torch.float32 and is_fast(pool.parts[idx].code, shape, codes):
-            fast += filter(None, [FastPart.of(part)])
-    return CodedPool((gate_up, down), (fast[0], fast[1]) if len(fast) == 2 else None)
+    fast = dtype != torch.float32 and all(
+        is_fast(
+            pool.parts[idx].code,
+            (part.num_rows, part.num_columns),
+            [face.private[idx][1] for face in pool.faces],
+        )
+        for idx, part in enumerate((gate_up, down))
+    )
+    return CodedPool(gate_up, down, fast)
 
 
 def _face_part(pool: NestedPool, idx: int) -> FacePart:
@@ -250,6 +244,7 @@ def _face_part(pool: NestedPool, idx: int) -> FacePart:
         planes={width: plane.view(torch.int16) for width, plane in part.planes.items()},
         scale_SRG=part.scale,
         faces_F6=torch.tensor(rows, device=part.scale.device),
+        num_planes=max(len(face.private[idx][0]) for face in pool.faces),
     )
 
 

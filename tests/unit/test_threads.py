@@ -1,0 +1,58 @@
+"""Work side by side: in order, each item on one thread, and only within `single_threaded_torch`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moeconsolidate.threads import side_by_side, single_threaded_torch
+
+
+@pytest.fixture(autouse=True)
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_items_meet_and_results_keep_their_order() -> None:
+    together = threading.Barrier(3, timeout=30)
+
+    def work(item: int) -> tuple[int, int]:
+        together.wait()
+        return item, torch.get_num_threads()
+
+    with single_threaded_torch() as num_threads:
+        assert num_threads == 3
+        assert side_by_side(work, range(3)) == [(0, 1), (1, 1), (2, 1)]
+    assert torch.get_num_threads() == 3
+
+
+def test_a_block_within_a_block_has_the_outer_ones_threads() -> None:
+    with single_threaded_torch(), single_threaded_torch() as num_threads:
+        assert num_threads == 3
+    assert torch.get_num_threads() == 3
+
+
+def test_outside_of_a_block_and_within_an_item_work_is_done_in_turn() -> None:
+    def here(_: int) -> int:
+        return threading.get_ident()
+
+    assert set(side_by_side(here, range(3))) == {threading.get_ident()}
+    with single_threaded_torch():
+        nested = side_by_side(lambda _: (here(0), set(side_by_side(here, range(3)))), range(2))
+    for outer, inner in nested:
+        assert inner == {outer}
+
+
+def test_a_failure_comes_through() -> None:
+    def fail(item: int) -> int:
+        raise ValueError(f"item {item}")
+
+    with pytest.raises(ValueError, match="item 0"), single_threaded_torch():
+        side_by_side(fail, range(3))
+    assert torch.get_num_threads() == 3
