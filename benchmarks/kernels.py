@@ -18,8 +18,8 @@ from _gpu import graph_s, read_bandwidth
 from torch import Tensor
 
 from moeruntime.kernels import experts, projections
-from moeruntime.kernels.norms import FaceLists
-from moeruntime.kernels.projections import Shape, tile_rows
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.shapes import Shape, tile_rows
 
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import FacePart, is_fast
 
 if torch.cuda.is_available():
     from moeruntime.kernels import nested_fast
-    from moeruntime.kernels.nested import FacePart
-    from moeruntime.kernels.nested_fast import is_fast
-    from moeruntime.kernels.norms import FaceLists
 
 pytestmark = [
     pytest.mark.gpu,

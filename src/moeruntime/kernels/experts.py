@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.norms import FaceLists, find_tile
-from moeruntime.kernels.projections import Shape
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.norms import find_tile
+from moeruntime.kernels.shapes import Shape
 
 __all__ = ["down", "gate_up"]
 

@@ -6,42 +6,19 @@ as float16, in which every level is exact; routing weights and sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moeruntime.codes import NestedCode, PrivateCode
-from moeruntime.kernels.nested import FacePart
-from moeruntime.kernels.norms import FaceLists
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, FacePart
 from moeruntime.kernels.nvrtc import compile_kernel
 
-__all__ = ["down", "gate_up", "is_fast"]
+__all__ = ["down", "gate_up"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
-GROUP = 128
-# As in the source.
-WARPS, ROWS, STAGES = 4, 32, 3
-MAX_FACES = 32 * WARPS
-
-
-def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
-    """Whether the kernel serves a matrix [R, C] of these faces.
-
-    Its tiles must fit, and no constant need rounding.
-    """
-    num_rows, num_columns = shape
-    if code != NestedCode(4, GROUP) or num_columns % 2048 or num_rows % (2 * ROWS):
-        return False
-    return len(private) <= MAX_FACES and all(_constant(one) < 1024 for one in private)
-
-
-def _constant(code: PrivateCode) -> float:
-    """What is subtracted from a level; float16 has halves below 1024."""
-    high = 2 * code.step if code.bits == 3 else code.step
-    magic = 64.0 * (high + (code.step if code.bits == 3 else 0))
-    return 512 + 60 + magic + code.step * ((1 << code.bits) - 1) / 2
+STAGES = 3  # as in the source
 
 
 def gate_up(x_TH: Tensor, part: FacePart, lists: FaceLists, layer: int, *, out_MI: Tensor) -> None:

@@ -10,45 +10,14 @@ Legend: T tokens, I inputs, O outputs, R resident slots, N tiles, S parts the in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Shape", "project", "tile_rows"]
+from moeruntime.kernels.shapes import Shape
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a product is cut: rows of weights a program, inputs a step, tokens a tile, parts."""
-
-    rows: int
-    step: int
-    tokens: int
-    parts: int = 1
-    warps: int = 4
-    stages: int = 4
-
-
-def tile_rows(
-    groups: Sequence[tuple[int, int, int]], tokens: int, num_tiles: int
-) -> list[list[int]]:
-    """Cut runs (slot, start, stop) of tokens into tiles.
-
-    Returns:
-        Three lists of `num_tiles`: slots (-1 where unused), starts and stops.
-    """
-    tiles = [
-        (slot, at, min(at + tokens, stop))
-        for slot, start, stop in groups
-        for at in range(start, stop, tokens)
-    ]
-    assert len(tiles) <= num_tiles
-    tiles += [(-1, 0, 0)] * (num_tiles - len(tiles))
-    return [list(column) for column in zip(*tiles, strict=True)]
+__all__ = ["project"]
 
 
 @triton.jit
