@@ -1,4 +1,4 @@
-"""What Python decides for the CUDA kernels: tiles, lists of faces, sizes of batches."""
+"""What Python decides for the CUDA kernels: tiles, fast faces, lists, sizes of batches."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_the_fast_kernel_takes_what_it_tiles_and_rounds_nothing(
     assert is_fast(code, shape, private) is expected
 
 
-def test_the_fast_kernel_counts_a_thread_a_face() -> None:
-    faces = [PrivateCode(2, 2)] * MAX_FACES
-    assert is_fast(NestedCode(4, 128), (4096, 14336), faces)
-    assert not is_fast(NestedCode(4, 128), (4096, 14336), [*faces, PrivateCode(2, 2)])
+def test_a_layer_of_more_faces_than_the_kernel_looks_through_is_not_fast() -> None:
+    code, shape = NestedCode(4, 128), (4096, 14336)
+    assert is_fast(code, shape, [PrivateCode(2, 2)] * MAX_FACES)
+    assert not is_fast(code, shape, [PrivateCode(2, 2)] * (MAX_FACES + 1))
 
 
 def test_lists_name_each_pair_once_under_its_face() -> None:

@@ -1,4 +1,4 @@
-"""Nested experts as the kernels read them, and which of the kernels serves them.
+"""Nested experts as the kernels read them: where codes lie, and which way they are decoded.
 
 Imports no Triton, which a CPU build of torch lacks: what is decided here is tested there.
 
@@ -16,13 +16,14 @@ from moeruntime.codes import NestedCode, PrivateCode
 
 __all__ = ["GROUP", "ROWS", "WARPS", "FacePart", "is_fast"]
 
-GROUP = 128
-"""Columns that have one scale, as `nested_fast.cu` wants it."""
-
 WARPS, ROWS = 4, 32
-"""Warps of a block there, and rows of weights that it takes."""
+"""Warps of a program of `nested_fast.cu`, and rows of weights that it takes."""
+
+GROUP = 128
+"""Columns that have one scale, as the kernel wants it."""
 
 MAX_FACES = 32 * WARPS
+"""Faces of a layer that the kernel looks through, a thread each."""
 
 
 @dataclass(frozen=True, slots=True)

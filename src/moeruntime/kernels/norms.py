@@ -10,13 +10,14 @@ slots.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
 
-__all__ = ["add_norm", "find_tile", "gated", "route"]
+__all__ = ["add_norm", "find_tile", "gated", "in_order", "route"]
 
 EXPERTS_AT_ONCE = 8
 MAX_WARPS = 16
@@ -199,6 +200,45 @@ def route(
         K_POW2=triton.next_power_of_2(top_k),
         AT_ONCE=min(EXPERTS_AT_ONCE, triton.next_power_of_2(num_experts)), **_row(hidden),
     )  # fmt: skip
+
+
+@triton.jit
+def _order_kernel(
+    counts, pairs, ends, token_M, row_M, capacity,
+    F: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    face = tl.program_id(0)
+    faces = tl.arange(0, F)
+    count_F = tl.load(counts + faces)
+    count = tl.sum(tl.where(faces == face, count_F, 0))
+    start = tl.sum(tl.where(faces < face, count_F, 0))
+    tl.store(ends + face, start + count)
+    for at in tl.range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
+        place = at + tl.arange(0, BLOCK)
+        inside = place < count
+        pair = tl.load(pairs + face.to(tl.int64) * capacity + place, inside, other=0)
+        tl.store(token_M + start + place, (pair // K).to(tl.int64), inside)
+        tl.store(row_M + pair, (start + place).to(tl.int64), inside)
+
+
+def in_order(lists: FaceLists, layer: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All lists of a layer, one after another.
+
+    Returns:
+        The end of each face's pairs, int32 [F]; the token of each, int64 [T * K]; and where each
+        token's pairs are, int64 [T, K].
+    """
+    num_faces, top_k = lists.pairs_LFC.shape[1], lists.weights_TK.shape[1]
+    device = lists.pairs_LFC.device
+    ends_F = torch.empty(num_faces, dtype=torch.int32, device=device)
+    token_M = torch.empty(num_tokens * top_k, dtype=torch.int64, device=device)
+    row_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
+    _order_kernel[(num_faces, triton.cdiv(num_tokens, 1024))](
+        lists.counts_LF[layer], lists.pairs_LFC[layer], ends_F, token_M, row_TK,
+        lists.pairs_LFC.shape[2],
+        F=lists.counts_LF.shape[1], K=top_k, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return ends_F, token_M, row_TK
 
 
 @triton.jit

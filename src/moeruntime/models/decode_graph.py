@@ -23,6 +23,7 @@ from moeruntime.kernels import attention, norms
 from moeruntime.kernels.attention import DecodeScratch
 from moeruntime.kernels.projections import project
 from moeruntime.kernels.shapes import tile_rows
+from moeruntime.kernels.upload import uploader
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.decode_buffers import StepBuffers, StepShapes, batch_sizes
 from moeruntime.models.experts import DensePool
@@ -203,12 +204,14 @@ class _Step:
             tile_rows(groups, graphs.tile_tokens(size), self.tiles.shape[1]), dtype=torch.int32
         )
         width = max(len(span.block_table) for span in spans)
-        tables = torch.zeros(len(spans), width, dtype=torch.int32)
-        for row, span in zip(tables, spans, strict=True):
-            row[: len(span.block_table)] = torch.tensor(span.block_table, dtype=torch.int32)
-        buffers.inputs[:, :size].copy_(inputs.pin_memory(), non_blocking=True)
-        self.tiles.copy_(tiles.pin_memory(), non_blocking=True)
-        buffers.tables[: len(spans), :width].copy_(tables.pin_memory(), non_blocking=True)
+        tables = torch.tensor(
+            [[*span.block_table, *[0] * (width - len(span.block_table))] for span in spans],
+            dtype=torch.int32,
+        )
+        upload = uploader(buffers.inputs.device)
+        upload.send(inputs, buffers.inputs[:, :size])
+        upload.send(tiles, self.tiles)
+        upload.send(tables, buffers.tables[: len(spans), :width])
 
     def capture(self, pool: Any) -> None:
         """Compile what has to be compiled, then record the launches."""
