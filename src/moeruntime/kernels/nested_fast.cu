@@ -13,7 +13,7 @@
 //
 // A field moved to bit 4 and put under the exponent of 1024.0 in float16 reads 1024 + 16 field. One
 // multiply-add for the shared field and one for each private one turn that into q - m, exactly:
-// `is_fast` in nested_fast.py admits only codes whose constants need no rounding.
+// `is_fast` in face_parts.py admits only codes whose constants need no rounding.
 //
 // Each lane copies the words it will need into shared memory some steps ahead, in slots that only it
 // reads: a ring that costs neither registers nor barriers.
