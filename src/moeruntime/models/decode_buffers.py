@@ -84,7 +84,7 @@ _MEASURED = {
         head=Shape(rows=64, step=128, tokens=64),
     ),
 }
-"""Rows of a step -> the best found by benchmarks/kernels.py."""
+"""Rows of a step -> the best found by benchmarks/decode_kernels.py."""
 
 
 class StepBuffers:
