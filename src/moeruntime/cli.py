@@ -253,7 +253,7 @@ def bench(
         source = Pack(artifact)
     else:
         source = SyntheticSource(synthetic or "", num_variants=variants or 1, code=code or "bf16")
-    with _status("measuring", quiet=quiet) as say:
+    with _status("measuring", quiet=quiet, every_line=True) as say:
         report = run_bench(source, options, say)
     if not as_json:
         print("\n".join(report.lines()), end="\n\n")
@@ -363,8 +363,10 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def _status(doing: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that changes on a terminal; one line elsewhere."""
+def _status(
+    doing: str, *, quiet: bool, every_line: bool = False
+) -> Iterator[Callable[[str], None]]:
+    """A line that changes on a terminal; elsewhere one line, or each of them by itself."""
     if quiet:
         yield lambda line: None
     elif sys.stderr.isatty():
@@ -374,4 +376,4 @@ def _status(doing: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
             yield lambda line: status.update(f"{doing}: {line}")
     else:
         print(doing, file=sys.stderr)
-        yield lambda line: None
+        yield lambda line: print(f"  {line}", file=sys.stderr) if every_line else None
