@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypedDict, Unpack
 
+import torch
 from torch import Tensor
 
 from moeruntime.errors import UsageError
@@ -89,7 +90,7 @@ class Engine:
             dtype: "float32", "bfloat16", "float16"; "auto" is what the pack stores on CUDA and
                 float32 on CPU.
             resident: variants whose non-expert weights are on the device at once; None means all.
-            max_sequences: most requests in one step.
+            max_sequences: most requests in one step; on CUDA at most 256.
             max_step_tokens: most tokens in one step.
             cache_bytes: size of the key-value cache; None chooses one that fits.
             kept_layers: first layers of which every variant's weights stay on the device although
@@ -123,6 +124,8 @@ class Engine:
         if self.device.type == "cuda" and max_sequences > BATCH_SIZES[-1]:
             raise UsageError(f"max_sequences is {max_sequences}; on CUDA at most {BATCH_SIZES[-1]}")
         self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the current device
         self.memory = plan_memory(
             source,
             num_slots=min(resident, num_variants),

@@ -52,9 +52,11 @@ class Ceilings:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure them all and give back the memory that took."""
-    copy_bytes = pinned_bandwidth(device) if device.type == "cuda" else None
-    ceilings = Ceilings(read_bandwidth(device), gemm_rate(device, dtype), copy_bytes)
-    if device.type == "cuda":
+    if device.type != "cuda":
+        return Ceilings(read_bandwidth(device), gemm_rate(device, dtype), None)
+    with torch.cuda.device(device):  # Triton launches on the current device
+        copy_bytes = pinned_bandwidth(device)
+        ceilings = Ceilings(read_bandwidth(device), gemm_rate(device, dtype), copy_bytes)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return ceilings
