@@ -373,7 +373,8 @@ class Engine:
         """Take a chosen token into a sequence; finish it if this was its last."""
         live = self._live[sequence.request_id]
         sequence.output_ids.append(token)
-        is_eos = token in self._prompts.text(sequence.variant).eos_ids
+        eos_ids = self._prompts.text(sequence.variant).eos_ids
+        is_eos = token in eos_ids and not sequence.sampling.ignore_eos
         text = "" if is_eos else live.stream.push(token)
         reason: FinishReason | None = None
         if is_eos or live.stream.stopped:

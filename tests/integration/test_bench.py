@@ -86,7 +86,7 @@ def check(found: dict[str, Any], variants: int, resident: int, batches: list[int
         assert row["tokens_per_s"] == pytest.approx(row["batch"] / row["step_s"])
         assert row["engine_tokens_per_s"] > 0
     one_variant = [row["step_bytes"] for row in found["decode"] if row["variants"] == 1]
-    assert one_variant == sorted(one_variant)
+    assert min(one_variant) == one_variant[0], "a batch of one reads least"
     (prefill,) = found["prefill"]
     assert prefill["of_gemm"] == pytest.approx(prefill["flops_per_s"] / best["gemm_flops"])
     assert [row["tokens"] for row in found["ttft"]][-1] == prefill["tokens"]

@@ -6,12 +6,12 @@ went to, so they are counted after it ran.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from moeruntime.bench.ceilings import Ceilings
@@ -209,7 +209,7 @@ def _spans(engine: Engine, batch: int, variants: int, context: int) -> list[Span
     names = engine.source.manifest.variant_names
     blocks = blocks_for(context + ROOM)
     assert batch * blocks <= engine.num_free_blocks
-    tokens = _random_tokens(engine, batch)
+    tokens = _random_tokens(engine, batch, seed=batch)
     slots = {}
     for name in names[:variants]:
         held = engine.residency.admit(name)
@@ -239,14 +239,16 @@ def _engine_rate(
     num_prompt = max(1, context - BEFORE)
     # Those that come first decode while the others' prompts run.
     prompts = -(-batch * num_prompt // max_step_tokens)
-    sampling = SamplingParams(max_tokens=TOKENS + prompts)
+    sampling = SamplingParams(max_tokens=TOKENS + prompts, ignore_eos=True)
     requests = [
-        Request(name, _random_tokens(engine, num_prompt), sampling)
-        for name in _variants_of(engine, batch, variants)
+        Request(name, _random_tokens(engine, num_prompt, seed), sampling)
+        for seed, name in enumerate(_variants_of(engine, batch, variants))
     ]
     return decode_rate(engine, requests)
 
 
-def _random_tokens(engine: Engine, count: int) -> list[int]:
+def _random_tokens(engine: Engine, count: int, seed: int) -> list[int]:
+    """The same in every run, so that runs go to the same experts."""
+    numbers = random.Random(seed)
     vocab_size = engine.source.manifest.config.vocab_size
-    return [int(token) for token in torch.randint(vocab_size, (count,))]
+    return [numbers.randrange(vocab_size) for _ in range(count)]
