@@ -165,6 +165,7 @@ def bench(
     synthetic: Annotated[
         str | None,
         typer.Option(
+            "--synthetic",
             metavar="MODEL",
             help="Instead of a pack: random weights, made on the device, at the size of "
             "mixtral-8x7b, mixtral-small, mixtral-mini or mixtral-tiny.",
@@ -172,11 +173,17 @@ def bench(
     ] = None,
     variants: Annotated[
         int | None,
-        typer.Option(min=1, show_default="1", help="Of a synthetic model: how many variants."),
+        typer.Option(
+            "--variants",
+            min=1,
+            show_default="1",
+            help="Of a synthetic model: how many variants.",
+        ),
     ] = None,
     code: Annotated[
         str | None,
         typer.Option(
+            "--code",
             metavar="CODE",
             show_default="bf16",
             help="Of a synthetic model: how experts are stored, bf16 or the bits of shared and "
