@@ -72,7 +72,7 @@ _MEASURED = {
     64: StepShapes(
         qkv=Shape(rows=64, step=128, tokens=32),
         o=Shape(rows=64, step=128, tokens=32, parts=2),
-        gate_up=Shape(rows=32, step=128, tokens=32),
+        gate_up=Shape(rows=64, step=64, tokens=32),
         down=Shape(rows=64, step=128, tokens=32, parts=2),
         head=Shape(rows=64, step=128, tokens=32),
     ),
@@ -80,7 +80,7 @@ _MEASURED = {
         qkv=Shape(rows=64, step=128, tokens=64),
         o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
         gate_up=Shape(rows=64, step=64, tokens=64),
-        down=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        down=Shape(rows=128, step=64, tokens=64, parts=2, warps=8),
         head=Shape(rows=64, step=128, tokens=64),
     ),
 }
