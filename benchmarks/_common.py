@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,17 +19,20 @@ from moeruntime.tensorfile import TensorFileWriter
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def cpu_name() -> str:
-    """The processor, as the system calls it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def print_json(result: dict[str, object]) -> None:
     """Print the benchmark's numbers as its last line."""
     print(json.dumps(result))
+
+
+def print_kernels(work: Callable[[], object], *, repeats: int = 5, most: int = 14) -> None:
+    """Print what the device spends the time of `work` in, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            work()
+        torch.cuda.synchronize()
+    for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:most]:
+        mean_us = event.device_time_total / event.count
+        print(f"    {event.key[:60]:60s} {event.count / repeats:6.0f} x {mean_us:8.2f} us")
 
 
 def make_checkpoint(

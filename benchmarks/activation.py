@@ -13,87 +13,25 @@ Prompts are random tokens, new ones each time. Two variants are resident, the ot
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from itertools import cycle
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _common import cpu_name, print_json
+from _common import print_json
 
-from moeruntime import Engine, Request, SamplingParams
+from moeruntime import Engine
+from moeruntime.bench.ceilings import measure_ceilings
+from moeruntime.bench.machine import device_name
+from moeruntime.bench.prompts import TtftRow, measure_ttft
 from moeruntime.errors import UsageError
-from moeruntime.hostmemory import HostMemory
+from moeruntime.loading import resolve_device, resolve_dtype
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.synthetic import SYNTHETIC_MODELS, SyntheticSource
 
 RESIDENT = 2
-COPY_BYTES = 2**30
-
-
-class Clock:
-    """Times to first token of requests that run alone."""
-
-    def __init__(self, engine: Engine, num_tokens: int) -> None:
-        self._engine = engine
-        self._num_tokens = num_tokens
-        self._random = random.Random(num_tokens)
-
-    def ttft_ms(self, variant: str) -> float:
-        vocab = self._engine.source.manifest.config.vocab_size
-        prompt = [self._random.randrange(vocab) for _ in range(self._num_tokens)]
-        synchronize(self._engine.device)
-        start_s = time.perf_counter()
-        self._engine.submit(Request(variant, prompt, SamplingParams(max_tokens=1)))
-        while not self._engine.step():
-            pass
-        return (time.perf_counter() - start_s) * 1e3
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(engine: Engine, num_tokens: int, repeats: int) -> dict[str, float]:
-    """Medians over `repeats` of each situation, in turn, so that drift meets all of them."""
-    clock = Clock(engine, num_tokens)
-    first, second, *cold = engine.source.manifest.variant_names
-    coming: Iterator[str] = cycle(cold)
-    times: dict[str, list[float]] = {"same": [], "after_another": [], "cold": []}
-    for number in range(repeats + 1):
-        # Both are brought back by requests that are not counted; then they are resident.
-        for variant in (first, second, first):
-            clock.ttft_ms(variant)
-        same = clock.ttft_ms(first)
-        clock.ttft_ms(second)
-        after_another = clock.ttft_ms(first)
-        before = engine.residency.num_activations
-        activated = clock.ttft_ms(next(coming))
-        assert engine.residency.num_activations == before + 1
-        if number:  # the first round warms up
-            times["same"].append(same)
-            times["after_another"].append(after_another)
-            times["cold"].append(activated)
-    return {what: statistics.median(values) for what, values in times.items()}
-
-
-def copy_floor_ms(engine: Engine) -> tuple[float, float]:
-    """The least time in which one activation's bytes come from pinned memory, and the rate."""
-    memory = HostMemory(COPY_BYTES)
-    memory.pin()
-    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=engine.device)
-    times_s = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        start_s = time.perf_counter()
-        target.copy_(memory.data, non_blocking=True)
-        torch.cuda.synchronize()
-        times_s.append(time.perf_counter() - start_s)
-    rate = COPY_BYTES / statistics.median(times_s[1:])
-    return engine.residency.activation_bytes / rate * 1e3, rate / 1e9
 
 
 def published_ms(engine: Engine, repeats: int) -> float:
@@ -124,12 +62,14 @@ def opened(arguments: argparse.Namespace) -> WeightSource:
     )
 
 
-def report(ttft: dict[int, dict[str, float]], extra: dict[str, float]) -> Iterable[str]:
+def report(rows: list[TtftRow], extra: dict[str, float]) -> Iterable[str]:
     yield "prompt   same variant   after another   cold   (ms to the first token)"
-    for num_tokens, row in ttft.items():
+    for row in rows:
+        assert row.after_another_s is not None and row.cold_s is not None
         yield (
-            f"{num_tokens:6d} {row['same']:14.2f} {row['after_another']:15.2f} {row['cold']:6.1f}"
-            f"   cold is {row['cold'] / row['same']:.2f}x, {row['cold'] - row['same']:+.1f} ms"
+            f"{row.tokens:6d} {row.same_s * 1e3:14.2f} {row.after_another_s * 1e3:15.2f} "
+            f"{row.cold_s * 1e3:6.1f}   cold is {row.cold_s / row.same_s:.2f}x, "
+            f"{(row.cold_s - row.same_s) * 1e3:+.1f} ms"
         )
     for what, value in extra.items():
         yield f"{what} {value:.2f}"
@@ -150,35 +90,40 @@ def main() -> None:
     source = opened(arguments)
     if len(source.manifest.variants) <= RESIDENT:
         raise UsageError(f"{source.root}: {RESIDENT} variants are resident, none would be cold")
-    longest = max(arguments.prompts)
+    device = resolve_device(arguments.device)
+    ceilings = measure_ceilings(
+        device, resolve_dtype(arguments.dtype, device, source.manifest.expert_dtype)
+    )
     with Engine(
         source,
         device=arguments.device,
         dtype=arguments.dtype,
         resident=RESIDENT,
-        max_step_tokens=max(2048, longest),
+        max_step_tokens=max(2048, *arguments.prompts),
         cache_bytes=2**30,
         kept_layers=arguments.kept_layers,
     ) as engine:
-        ttft = {count: measure(engine, count, arguments.repeats) for count in arguments.prompts}
+        rows = [
+            measure_ttft(engine, ceilings, count, repeats=arguments.repeats)
+            for count in arguments.prompts
+        ]
         extra = {
             "kept_layers": float(engine.memory.kept_layers),
             "activation_mb": engine.residency.activation_bytes / 1e6,
         }
-        if engine.device.type == "cuda":
-            extra["copy_floor_ms"], extra["pinned_gb_per_s"] = copy_floor_ms(engine)
+        if ceilings.copy_bytes is not None:
+            extra["pinned_gb_per_s"] = ceilings.copy_bytes / 1e9
+            extra["copy_floor_ms"] = engine.residency.activation_bytes / ceilings.copy_bytes * 1e3
             extra["published_ms"] = published_ms(engine, min(3, arguments.repeats))
-            name = torch.cuda.get_device_name(engine.device)
-        else:
-            name = cpu_name()
+    name = device_name(device)
     print(f"{source.root} on {name}")
-    print(*report(ttft, extra), sep="\n")
+    print(*report(rows, extra), sep="\n")
     print_json(
         {
             "benchmark": "activation",
             "source": str(source.root),
             "device": name,
-            "ttft_ms": {str(count): row for count, row in ttft.items()},
+            "rows": [asdict(row) for row in rows],
             **extra,
         }
     )

@@ -30,10 +30,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from _common import cpu_name, print_json
+from _common import print_json
 from _methods import BUDGETED, METHODS, Methods
 from _subjects import Score, Scorer, add_arguments, subjects_of
 
+from moeruntime.bench.machine import cpu_name
 from moeruntime.errors import UsageError
 
 NEED_TEXT = ("budget-text", "budget-text-3", "budget-text-2")

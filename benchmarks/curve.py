@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from _common import cpu_name, print_json
+from _common import print_json
 from _methods import Methods
 from _subjects import Scorer, add_arguments, subjects_of
 from compare import Row, measure
 
+from moeruntime.bench.machine import cpu_name
 from moeruntime.errors import UsageError
 
 ORDER = ("base", "math", "python", "shell", "prose", "tldr", "langid", "codesum")

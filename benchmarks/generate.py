@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from _common import EXAMPLES, cpu_name, print_json
+from _common import EXAMPLES, print_json
 from transformers import AutoModelForCausalLM
 
 from moeconsolidate.pipeline import consolidate
 from moeruntime import Engine, Request, SamplingParams
+from moeruntime.bench.machine import cpu_name
 
 VARIANTS = ("base", "python", "math", "shell")
 NEW_TOKENS = 64

@@ -13,29 +13,26 @@ Without a pack it writes layers at the size of Mixtral-8x7B, 2.8 GB each, to a t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from _common import cpu_name, print_json
+from _common import print_json
 
+from moeruntime.bench.ceilings import pinned_bandwidth, read_files
+from moeruntime.bench.machine import cpu_name
 from moeruntime.errors import IntegrityError
-from moeruntime.hostmemory import HostMemory
-from moeruntime.loader import BUFFER_BYTES, MAX_THREADS, Loader
+from moeruntime.loader import Loader
 from moeruntime.loading import load_experts, resolve_device
 from moeruntime.models.experts import DecodedCache
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.pack.manifest import EXPERT_PARTS
 from moeruntime.synthetic import SyntheticSource
 from moeruntime.tensorfile import DTYPES, FileTensor, TensorFile, TensorFileWriter
-
-COPY_BYTES = 2**30
 
 
 class WrittenSource(SyntheticSource):
@@ -84,48 +81,6 @@ def median_gb_per_s(run: Callable[[], int], repeats: int) -> float:
     return statistics.median(rates)
 
 
-def read_all(paths: list[Path], *, fresh: bool = False) -> int:
-    """Read whole files, a piece at a time, into a buffer a thread or into new memory."""
-    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    files = [os.open(path, os.O_RDONLY) for path in paths]
-    pieces = [
-        (fd, start)
-        for fd, path in zip(files, paths, strict=True)
-        for start in range(0, path.stat().st_size, BUFFER_BYTES)
-    ]
-
-    num_buffers = len(pieces) if fresh else num_threads
-    whole = HostMemory(num_buffers * BUFFER_BYTES).data.numpy().data
-    buffers = [whole[start : start + BUFFER_BYTES] for start in range(0, len(whole), BUFFER_BYTES)]
-
-    def read(idx: int) -> int:
-        return sum(
-            os.preadv(fd, [buffers[number % num_buffers]], start)
-            for number, (fd, start) in list(enumerate(pieces))[idx::num_threads]
-        )
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        num_bytes = sum(threads.map(read, range(num_threads)))
-    for fd in files:
-        os.close(fd)
-    return num_bytes
-
-
-def copy_rate(device: torch.device, repeats: int) -> float:
-    """Pinned host memory to the device."""
-    memory = HostMemory(COPY_BYTES)
-    memory.pin()
-    target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-
-    def copy() -> int:
-        target.copy_(memory.data, non_blocking=True)
-        torch.cuda.synchronize()
-        return COPY_BYTES
-
-    copy()
-    return median_gb_per_s(copy, repeats)
-
-
 def load_all(source: WeightSource, num_layers: int, device: torch.device) -> int:
     """Load layers as an engine does; returns how many."""
     dtype = DTYPES[source.manifest.expert_dtype]
@@ -148,8 +103,8 @@ def main() -> None:
     with opened(arguments.artifact, num_layers) as (source, paths):
         if arguments.artifact is not None:
             num_layers = source.manifest.config.num_layers
-        num_bytes = read_all(paths)  # into the page cache, where it was not there yet
-        read = median_gb_per_s(lambda: read_all(paths), arguments.repeats)
+        num_bytes = read_files(paths)  # into the page cache, where it was not there yet
+        read = median_gb_per_s(lambda: read_files(paths), arguments.repeats)
         load_all(source, 1, device)  # what the first use of a device costs is not loading
 
         def load() -> int:
@@ -159,10 +114,10 @@ def main() -> None:
         load_rate = median_gb_per_s(load, arguments.repeats)
         rates = {"read_gb_per_s": read}
         if device.type == "cuda":
-            rates["pinned_copy_gb_per_s"] = copy_rate(device, arguments.repeats)
+            rates["pinned_copy_gb_per_s"] = pinned_bandwidth(device) / 1e9
         else:
             rates["read_to_new_memory_gb_per_s"] = median_gb_per_s(
-                lambda: read_all(paths, fresh=True), arguments.repeats
+                lambda: read_files(paths, fresh=True), arguments.repeats
             )
     floor = min(rates.values())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

@@ -16,7 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import cpu_name, make_checkpoint, print_json
+from _common import make_checkpoint, print_json
+
+from moeruntime.bench.machine import cpu_name
 
 EXPERTS = 8
 TEXT = "Say what each line does, then say it again in fewer words. " * 100

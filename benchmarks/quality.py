@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from _common import EXAMPLES, cpu_name, print_json
+from _common import EXAMPLES, print_json
 from transformers import AutoModelForCausalLM
 
 from moeconsolidate.evaluation import evaluate_pack
@@ -26,6 +26,7 @@ from moeconsolidate.pipeline import consolidate
 from moeconsolidate.report import summarise
 from moeconsolidate.texts import read_texts
 from moeruntime import Engine
+from moeruntime.bench.machine import cpu_name
 from moeruntime.pack import Pack
 
 RECIPES: dict[str, dict[str, object]] = {

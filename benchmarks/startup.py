@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 
-from _common import cpu_name, print_json
+from _common import print_json
+
+from moeruntime.bench.machine import cpu_name
 
 REPEATS = 15
 CASES = {

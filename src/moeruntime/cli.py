@@ -1,4 +1,4 @@
-"""`moec run`: the runtime's part of the command line."""
+"""`moec run` and `moec bench`: the runtime's part of the command line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moeruntime.errors import InputError, RequestError, TokenizerError, UsageError
-from moeruntime.strict_json import Fields, read_json_lines
+from moeruntime.errors import RequestError, TokenizerError, UsageError
 
 if TYPE_CHECKING:
     from moeruntime.engine import Engine
-    from moeruntime.request import Output, Request, SamplingParams
+    from moeruntime.pack import WeightSource
+    from moeruntime.request import Output, Request
 
 __all__ = ["Artifact", "Device", "Dtype", "Resident", "loading", "register"]
 
@@ -46,6 +46,7 @@ Resident = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the runtime's commands to an app."""
     app.command()(run)
+    app.command()(bench)
 
 
 def run(
@@ -86,6 +87,22 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     resident: Resident = None,
+    kept_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --resident: first layers of which every variant's weights stay on the "
+            "device, so that a prompt to a cold variant begins at once. Default: one on a GPU "
+            "where that is cheap.",
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Run the beginning that prompts of one variant have in common only once.",
+        ),
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a prompt instead of text.")
     ] = False,
@@ -102,6 +119,7 @@ def run(
       moec run --artifact pack --model math --chat --prompt "What is 3 + 4?" --json
       moec run --artifact pack --prompts questions.jsonl --resident 2
     """
+    from moeruntime.prompt_file import read_prompts
     from moeruntime.request import Request, SamplingParams
 
     if (prompt is None) == (prompts is None):
@@ -116,10 +134,18 @@ def run(
     )
     places: list[str] = []
     if prompts is not None:
-        places, requests = _read_prompts(prompts, model, chat, sampling)
+        places, requests = read_prompts(prompts, model, chat, sampling)
     else:
         requests = [Request(_named(artifact, model), prompt or "", sampling, chat)]
-    with loading(artifact, device, dtype, resident, quiet=quiet) as engine:
+    with loading(
+        artifact,
+        device,
+        dtype,
+        resident,
+        quiet=quiet,
+        kept_layers=kept_layers,
+        prefix_cache=prefix_cache,
+    ) as engine:
         start_s = time.perf_counter()
         if prompts is None and not as_json:
             outputs = [_stream(engine, requests[0])]
@@ -131,16 +157,139 @@ def run(
             _print_rate(outputs, time.perf_counter() - start_s)
 
 
+def bench(
+    artifact: Annotated[
+        Path | None,
+        typer.Option("--artifact", "-a", metavar="PACK", help="The pack's folder."),
+    ] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            "--synthetic",
+            metavar="MODEL",
+            help="Instead of a pack: random weights, made on the device, at the size of "
+            "mixtral-8x7b, mixtral-small, mixtral-mini or mixtral-tiny.",
+        ),
+    ] = None,
+    variants: Annotated[
+        int | None,
+        typer.Option(
+            "--variants",
+            min=1,
+            show_default="1",
+            help="Of a synthetic model: how many variants.",
+        ),
+    ] = None,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            "--code",
+            metavar="CODE",
+            show_default="bf16",
+            help="Of a synthetic model: how experts are stored, bf16 or the bits of shared and "
+            "private codes, as 4+2.",
+        ),
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            show_default="1,8,32,64 on CUDA, 1,8 on CPU",
+            help="Sequences that decode at once.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="512, or what the model takes",
+            help="Tokens of each sequence while it decodes.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="2048, or what the model takes",
+            help="Tokens of the long prompt whose prefill and first token are timed.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    resident: Resident = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print nothing but the JSON object on stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr.")] = False,
+) -> None:
+    """Measure this machine, each figure beside the best it could be.
+
+    First what the device can do: how fast its memory is read, how fast a large product is, how fast
+    pinned memory is copied. Then loading and memory, part by part; decode of one variant and of all
+    mixed, against the time that the bytes of a step take to read (the roofline); prefill against
+    the rate of the product; and the time to the first token of a variant, alone and right after
+    another's request, and with --resident also cold.
+
+    Prints a table, and all of it as one JSON object in the last line. A model that fits the caches
+    of a CPU can beat a roofline that is made of its memory.
+
+    \b
+    Examples:
+      moec bench --artifact pack
+      moec bench --synthetic mixtral-8x7b --variants 4 --code 4+2 --batches 1,8,32,64
+      moec bench --artifact pack --resident 1 --json | jq '.ttft'
+    """
+    if (artifact is None) == (synthetic is None):
+        raise UsageError("give either --artifact PACK or --synthetic MODEL")
+    if artifact is not None and (variants is not None or code is not None):
+        raise UsageError("--variants and --code are for --synthetic; a pack has its own")
+    from moeruntime.bench import BenchOptions, run_bench
+    from moeruntime.pack import Pack
+    from moeruntime.synthetic import SyntheticSource
+
+    options = BenchOptions(
+        batches=None if batches is None else _counts(batches, "--batches"),
+        context=context,
+        prompt=prompt,
+        device=device,
+        dtype=dtype,
+        resident=resident,
+    )
+    source: WeightSource
+    if artifact is not None:
+        source = Pack(artifact)
+    else:
+        source = SyntheticSource(synthetic or "", num_variants=variants or 1, code=code or "bf16")
+    with _status("measuring", quiet=quiet, every_line=True) as say:
+        report = run_bench(source, options, say)
+    if not as_json:
+        print("\n".join(report.lines()), end="\n\n")
+    print(json.dumps(report.to_json()))
+
+
 @contextmanager
 def loading(
-    artifact: Path, device: str, dtype: str, resident: int | None, *, quiet: bool
+    artifact: Path,
+    device: str,
+    dtype: str,
+    resident: int | None,
+    *,
+    quiet: bool,
+    kept_layers: int | None = None,
+    prefix_cache: bool = True,
 ) -> Iterator[Engine]:
     """Load an engine, saying so on stderr, and close it at the end."""
-    with _loading_status(artifact, quiet=quiet) as say:
+    with _status(f"loading {artifact}", quiet=quiet) as say:
         from moeruntime.engine import Engine
 
         engine = Engine.from_pack(
-            artifact, device=device, dtype=dtype, resident=resident, on_progress=say
+            artifact,
+            device=device,
+            dtype=dtype,
+            resident=resident,
+            kept_layers=kept_layers,
+            prefix_cache=prefix_cache,
+            on_progress=say,
         )
     with engine:
         yield engine
@@ -154,22 +303,6 @@ def _named(artifact: Path, model: str | None) -> str:
 
     names = ", ".join(Manifest.load(artifact).variant_names) if artifact.is_dir() else "NAME"
     raise UsageError(f"which variant? give --model with one of: {names}")
-
-
-def _read_prompts(
-    path: Path, model: str | None, chat: bool, default: SamplingParams
-) -> tuple[list[str], list[Request]]:
-    """Read a file of prompts: where each of them stands, and what it asks for."""
-    places, requests = [], []
-    for fields in read_json_lines(path, InputError):
-        places.append(fields.where)
-        try:
-            requests.append(_parse_request(fields, model, chat, default))
-        except RequestError as problem:
-            raise RequestError(f"{fields.where}: {problem}") from None
-    if not requests:
-        raise InputError(f"{path}: holds no prompt")
-    return places, requests
 
 
 def _generate(engine: Engine, requests: list[Request], places: list[str]) -> list[Output]:
@@ -188,33 +321,6 @@ def _generate(engine: Engine, requests: list[Request], places: list[str]) -> lis
         return engine.generate(each())
     except (RequestError, TokenizerError) as problem:
         raise type(problem)(f"{last}: {problem}") from None
-
-
-def _parse_request(
-    fields: Fields, model: str | None, chat: bool, default: SamplingParams
-) -> Request:
-    from moeruntime.request import Request, SamplingParams
-
-    stop = fields.raw("stop", list(default.stop))
-    if not isinstance(stop, list) or not all(isinstance(one, str) for one in stop):
-        fields.fail("field 'stop' must be a list of strings")
-    seed = fields.integer("seed", 0, 2**63) if fields.has("seed") else default.seed
-    fields.raw("seed", None)
-    request = Request(
-        variant=fields.text("model", model),
-        prompt=fields.text("prompt"),
-        sampling=SamplingParams(
-            max_tokens=fields.integer("max_tokens", 1, 2**31 - 1, default.max_tokens),
-            temperature=fields.number("temperature", 0.0, 100.0, default.temperature),
-            top_p=fields.number("top_p", 0.0, 1.0, default.top_p),
-            top_k=fields.integer("top_k", 0, 2**31 - 1, default.top_k),
-            seed=seed,
-            stop=tuple(stop),
-        ),
-        chat=fields.boolean("chat", chat),
-    )
-    fields.done()
-    return request
 
 
 def _stream(engine: Engine, request: Request) -> Output:
@@ -255,16 +361,26 @@ def _print_rate(outputs: list[Output], elapsed_s: float) -> None:
     )
 
 
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    """Positive integers between commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**6 for part in parts):
+        raise UsageError(f"{option} takes counts like 1,8,32, not {ascii(text[:40])}")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 @contextmanager
-def _loading_status(artifact: Path, *, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that changes on a terminal; one line elsewhere."""
+def _status(
+    doing: str, *, quiet: bool, every_line: bool = False
+) -> Iterator[Callable[[str], None]]:
+    """A line that changes on a terminal; elsewhere one line, or each of them by itself."""
     if quiet:
         yield lambda line: None
     elif sys.stderr.isatty():
         from rich.console import Console
 
-        with Console(stderr=True).status(f"loading {artifact}") as status:
-            yield lambda line: status.update(f"loading {artifact}: {line}")
+        with Console(stderr=True).status(doing) as status:
+            yield lambda line: status.update(f"{doing}: {line}")
     else:
-        print(f"loading {artifact}", file=sys.stderr)
-        yield lambda line: None
+        print(doing, file=sys.stderr)
+        yield lambda line: print(f"  {line}", file=sys.stderr) if every_line else None

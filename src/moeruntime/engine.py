@@ -9,21 +9,20 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+from typing import Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from moeruntime.errors import RequestError, ResourceError, UsageError
-from moeruntime.kernels import TokenGroup
-from moeruntime.kv_cache import BlockPool, KVCache, blocks_for
+from moeruntime.errors import UsageError
+from moeruntime.kv_cache import BlockPool, KVCache
 from moeruntime.loader import Loader
 from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
-from moeruntime.models import Batch, Decoder
+from moeruntime.models.build import build_model
+from moeruntime.models.decode_buffers import BATCH_SIZES
 from moeruntime.models.experts import DecodedCache
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.prompts import Prompts
@@ -31,19 +30,14 @@ from moeruntime.request import Delta, FinishReason, Output, Request
 from moeruntime.residency import Residency
 from moeruntime.runner import Launched, Runner
 from moeruntime.scheduler import Scheduler
+from moeruntime.scoring import Scorer
 from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
-
-if TYPE_CHECKING:
-    from moeruntime.models.decode_graph import DecodeGraphs
-    from moeruntime.models.fused import FusedDecoder
 
 __all__ = ["Engine", "EngineOptions"]
 
 DEFAULT_MAX_SEQUENCES = 32
 DEFAULT_MAX_STEP_TOKENS = 2048
-# Rows of logits computed at once when scoring; bounds a [rows, vocabulary] float32 tensor.
-SCORE_ROWS = 512
 
 
 class EngineOptions(TypedDict, total=False):
@@ -96,7 +90,7 @@ class Engine:
             dtype: "float32", "bfloat16", "float16"; "auto" is what the pack stores on CUDA and
                 float32 on CPU.
             resident: variants whose non-expert weights are on the device at once; None means all.
-            max_sequences: most requests in one step.
+            max_sequences: most requests in one step; on CUDA at most 256.
             max_step_tokens: most tokens in one step.
             cache_bytes: size of the key-value cache; None chooses one that fits.
             kept_layers: first layers of which every variant's weights stay on the device although
@@ -127,7 +121,11 @@ class Engine:
             )
         self.source = source
         self.device = resolve_device(device)
+        if self.device.type == "cuda" and max_sequences > BATCH_SIZES[-1]:
+            raise UsageError(f"max_sequences is {max_sequences}; on CUDA at most {BATCH_SIZES[-1]}")
         self.dtype = resolve_dtype(dtype, self.device, manifest.expert_dtype)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the current device
         self.memory = plan_memory(
             source,
             num_slots=min(resident, num_variants),
@@ -155,23 +153,14 @@ class Engine:
         self._blocks = BlockPool(self.memory.num_blocks)
         cache = KVCache(manifest.config, self.memory.num_blocks, self.dtype, self.device)
         self._variant_idx = {name: idx for idx, name in enumerate(manifest.variant_names)}
-        faces_of = [manifest.faces(layer)[1] for layer in range(manifest.config.num_layers)]
-        faces_VLE = torch.tensor(
-            [[faces[name] for faces in faces_of] for name in manifest.variant_names],
-            device=self.device,
+        self.model, self.graphs = build_model(
+            manifest,
+            self.residency.weights,
+            experts,
+            cache,
+            num_slots=min(resident, num_variants),
+            max_rows=max_sequences,
         )
-        parts = (manifest.config, self.residency.weights, experts, faces_VLE, cache)
-        self.graphs: DecodeGraphs | None = None
-        self.model: Decoder | FusedDecoder
-        if self.device.type == "cuda":
-            # Not before it is needed: this imports Triton, which a CPU build of torch lacks.
-            from moeruntime.models.decode_graph import DecodeGraphs
-            from moeruntime.models.fused import FusedDecoder
-
-            self.model = FusedDecoder(*parts)
-            self.graphs = DecodeGraphs(self.model, min(resident, num_variants), max_sequences)
-        else:
-            self.model = Decoder(*parts)
         self._runner = Runner(
             self.model, self.graphs, self.residency, self._variant_idx, self.device
         )
@@ -183,8 +172,10 @@ class Engine:
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
         )
-        self._max_step_tokens = max_step_tokens
         self._prompts = Prompts(source, self.memory.num_blocks)
+        self._scorer = Scorer(
+            self._runner, self.residency, self._blocks, self._prompts, max_step_tokens
+        )
         self._live: dict[int, _Live] = {}
         # What `generate` and `stream` met that was not theirs, for whoever asks next.
         self._kept: list[Delta] = []
@@ -301,7 +292,7 @@ class Engine:
         """Whether the next step is the same sequences, each with another token to come."""
         return (
             launched.repeats
-            and not self.scheduler.waiting
+            and not self.scheduler.may_admit
             and len(self.scheduler.running) == len(launched.sequences)
             and all(
                 sequence.request_id in self._live
@@ -350,7 +341,6 @@ class Engine:
         """A variant's tokenizer, chat template and end-of-sequence tokens."""
         return self._prompts.text(variant)
 
-    @torch.inference_mode()
     def score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probability (natural) of each token given those before it in its window.
 
@@ -365,13 +355,8 @@ class Engine:
             RequestError: unknown variant, or a window that is empty or does not fit.
             ResourceError: running requests hold every resident slot or the whole cache.
         """
-        hidden = self._hidden(variant, windows)
-        return [
-            self._token_logprobs(hidden_TH, window, slot)
-            for (hidden_TH, slot), window in zip(hidden, windows, strict=True)
-        ]
+        return self._scorer.score(variant, windows)
 
-    @torch.inference_mode()
     def logprobs(self, variant: str, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Log-probabilities (natural) of the whole vocabulary after each token of each window.
 
@@ -380,9 +365,7 @@ class Engine:
         Yields:
             One float32 CPU tensor [T, V] a window; the engine is busy until the last is taken.
         """
-        for hidden_TH, slot in self._hidden(variant, windows):
-            logits_TV = self.model.logits(hidden_TH, [TokenGroup(slot, 0, len(hidden_TH))])
-            yield logits_TV.log_softmax(dim=-1).cpu()
+        return self._scorer.logprobs(variant, windows)
 
     # -- one step, in pieces ----------------------------------------------------------------
 
@@ -390,7 +373,8 @@ class Engine:
         """Take a chosen token into a sequence; finish it if this was its last."""
         live = self._live[sequence.request_id]
         sequence.output_ids.append(token)
-        is_eos = token in self._prompts.text(sequence.variant).eos_ids
+        eos_ids = self._prompts.text(sequence.variant).eos_ids
+        is_eos = token in eos_ids and not sequence.sampling.ignore_eos
         text = "" if is_eos else live.stream.push(token)
         reason: FinishReason | None = None
         if is_eos or live.stream.stopped:
@@ -413,64 +397,3 @@ class Engine:
             reason,
         )
         return Delta(sequence.request_id, text, (token,), output)
-
-    # -- scoring, in pieces -----------------------------------------------------------------
-
-    def _hidden(
-        self, variant: str, windows: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[Tensor, int]]:
-        """Each window's hidden_TH after the final norm, and the resident slot of the variant."""
-        self.source.variant(variant)
-        for window in windows:
-            if not window:
-                raise RequestError("a window is empty: it has no token to score")
-            self._prompts.check_ids(window)
-            self._prompts.check_room(len(window))
-        if not self.residency.admit(variant):
-            raise ResourceError("every resident slot is held by running requests")
-        try:
-            self.residency.wait_for(variant)
-            for group in self._score_groups(windows):
-                yield from self._score(variant, group)
-        finally:
-            self.residency.release(variant)
-
-    def _score_groups(self, windows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-        """Cut windows into steps of at most max_step_tokens (or one window) that fit the cache."""
-        group: list[Sequence[int]] = []
-        for window in windows:
-            num_tokens = sum(len(one) for one in (*group, window))
-            num_blocks = sum(blocks_for(len(one)) for one in (*group, window))
-            if group and (num_tokens > self._max_step_tokens or num_blocks > self._blocks.num_free):
-                yield group
-                group = []
-            group.append(window)
-        if group:
-            yield group
-
-    def _score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[tuple[Tensor, int]]:
-        blocks = self._blocks.allocate(sum(blocks_for(len(window)) for window in windows))
-        if blocks is None:
-            raise ResourceError("the key-value cache is full of running requests")
-        try:
-            spans, left = [], iter(blocks)
-            for window in windows:
-                table = list(islice(left, blocks_for(len(window))))
-                spans.append(self._runner.span(variant, window, 0, table))
-            batch = Batch.build(spans, self.device)
-            hidden_TH = self.model.forward(batch)
-            slot = batch.groups[0].slot
-            return [(hidden_TH[start:stop], slot) for start, stop, _ in batch.spans]
-        finally:
-            self._blocks.free(blocks)
-
-    def _token_logprobs(self, hidden_TH: Tensor, window: Sequence[int], slot: int) -> Tensor:
-        targets_T = torch.tensor(window[1:], device=self.device)
-        pieces = []
-        for hidden_NH, targets_N in zip(
-            hidden_TH[:-1].split(SCORE_ROWS), targets_T.split(SCORE_ROWS), strict=True
-        ):
-            logits_NV = self.model.logits(hidden_NH, [TokenGroup(slot, 0, len(hidden_NH))])
-            logprobs_NV = logits_NV.log_softmax(dim=-1)
-            pieces.append(logprobs_NV.gather(1, targets_N[:, None])[:, 0])
-        return torch.cat(pieces).cpu()

@@ -13,13 +13,16 @@ from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
 from moeruntime.models import parameter_roles
+from moeruntime.models.decode_buffers import StepBuffers
+from moeruntime.models.layers import rotary_bytes
 from moeruntime.pack import Manifest, WeightSource
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 
 # Activations, the allocator's rounding, and on a GPU the context and library workspaces.
 RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-# Nested experts are decoded when tokens come; so much of what was decoded lately is kept.
+# On a CPU nested experts are decoded when tokens come; so much of what was decoded lately is kept.
+# CUDA kernels decode in registers.
 DECODED_BYTES = 256 * 2**20
 # Unless told otherwise, the first layer of every variant stays on a GPU where all of them together
 # take at most this part of what the weights leave free: a prompt can begin at once then.
@@ -34,11 +37,13 @@ class MemoryPlan:
 
     Attributes:
         experts_bytes: all slots of all layers, as they are stored.
-        decoded_bytes: nested experts kept decoded; 0 for a plain pack.
+        decoded_bytes: nested experts kept decoded; 0 for a plain pack, and on CUDA.
         shared_bytes: non-expert tensors that all variants have in common.
         resident_bytes: the resident variants' own non-expert tensors.
         kept_bytes: every variant's copy of the first layers, where some are kept on the device.
         cache_bytes: keys and values.
+        buffer_bytes: what decode steps work in, at most, and rotary tables; 0 on a CPU, where
+            steps allocate out of the reserve.
         host_bytes: host copies of the variants' own tensors; 0 when all are resident.
         num_blocks: cache blocks that cache_bytes buys.
         kept_layers: first layers that kept_bytes are of.
@@ -50,6 +55,7 @@ class MemoryPlan:
     resident_bytes: int
     kept_bytes: int
     cache_bytes: int
+    buffer_bytes: int
     host_bytes: int
     num_blocks: int
     kept_layers: int
@@ -109,13 +115,15 @@ def plan_memory(
     private_bytes = sum(stage_bytes)
     num_variants = len(manifest.variants)
     all_resident = num_slots >= num_variants
-    experts_bytes, decoded_bytes = _experts_bytes(manifest, dtype)
+    experts_bytes, decoded_bytes = _experts_bytes(manifest, dtype, device)
     weights_bytes = experts_bytes + decoded_bytes + shared_bytes + num_slots * private_bytes
 
     kind = device.type
+    buffer_bytes = _buffer_bytes(manifest, dtype, max_sequences) if kind == "cuda" else 0
+    reserve_bytes = RESERVE_BYTES[kind] + buffer_bytes
     available = available_bytes(device)
     if kept_layers is None:
-        left = available - weights_bytes - RESERVE_BYTES[kind]
+        left = available - weights_bytes - reserve_bytes
         cheap = num_variants * sum(stage_bytes[:2]) <= KEPT_SHARE * left
         kept_layers = int(kind == "cuda" and cheap)
     if all_resident:
@@ -127,7 +135,7 @@ def plan_memory(
     if kind == "cuda" and host_bytes:
         _check_host(source, host_bytes, num_variants)
     block_bytes = KVCache.block_bytes(config, dtype)
-    left = available - weights_bytes - RESERVE_BYTES[kind] - (host_bytes if kind == "cpu" else 0)
+    left = available - weights_bytes - reserve_bytes - (host_bytes if kind == "cpu" else 0)
     if cache_bytes is None:
         wanted = max_sequences * blocks_for(config.max_context) * block_bytes
         cache_bytes = min(wanted, int(left * CACHE_SHARE[kind]))
@@ -151,20 +159,41 @@ def plan_memory(
         resident_bytes=num_slots * private_bytes,
         kept_bytes=kept_bytes,
         cache_bytes=num_blocks * block_bytes,
+        buffer_bytes=buffer_bytes,
         host_bytes=host_bytes,
         num_blocks=num_blocks,
         kept_layers=kept_layers,
     )
 
 
-def _experts_bytes(manifest: Manifest, dtype: torch.dtype) -> tuple[int, int]:
+def _experts_bytes(manifest: Manifest, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """Bytes of all experts as they are stored, and of those kept decoded."""
     one = manifest.config.expert_numel * dtype.itemsize
     if manifest.nested is None:
         return sum(manifest.num_slots) * one, 0
-    layers = range(manifest.config.num_layers)
-    num_faces = sum(len(manifest.faces(layer)[0]) for layer in layers)
-    return manifest.coded_bytes(), min(DECODED_BYTES, num_faces * one)
+    if device.type == "cuda":
+        return manifest.coded_bytes(), 0
+    return manifest.coded_bytes(), min(DECODED_BYTES, sum(_num_faces(manifest)) * one)
+
+
+def _num_faces(manifest: Manifest) -> list[int]:
+    """Distinct experts of each layer."""
+    return [len(manifest.faces(layer)[0]) for layer in range(manifest.config.num_layers)]
+
+
+def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_sequences: int) -> int:
+    """What `FusedDecoder` and `DecodeGraphs` allocate beside weights and cache, at most."""
+    # Some layers' nested experts may take float16, and others not.
+    expert_dtypes = {dtype} if manifest.nested is None else {dtype, torch.float16}
+    buffers = StepBuffers(
+        manifest.config,
+        max_sequences,
+        max(_num_faces(manifest)),
+        dtype,
+        frozenset(expert_dtypes),
+        torch.device("meta"),
+    )
+    return buffers.num_bytes + rotary_bytes(manifest.config)
 
 
 def _check_host(source: WeightSource, host_bytes: int, num_variants: int) -> None:

@@ -76,6 +76,10 @@ class Prompts:
         self.check_room(num_prompt_tokens + max_tokens - 1)
         return replace(sampling, max_tokens=max_tokens)
 
+    def check_variant(self, variant: str) -> None:
+        """Raise RequestError if there is no such variant."""
+        self._source.variant(variant)
+
     def check_room(self, num_tokens: int) -> None:
         """Raise RequestError if a sequence of this length fits neither context nor cache."""
         if num_tokens > self._config.max_context:

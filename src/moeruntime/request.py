@@ -29,6 +29,7 @@ class SamplingParams:
         top_k: sample from this many likeliest tokens; 0 means all.
         seed: makes sampling repeatable, whatever else is in the batch; None draws a fresh one.
         stop: generation ends before the first of these strings, which is not part of the text.
+        ignore_eos: go on after an end-of-sequence token, to measure steps of a known number.
     """
 
     max_tokens: int = 128
@@ -37,6 +38,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Check every range.

@@ -194,6 +194,18 @@ class Residency:
         return self._table.num_held
 
     @property
+    def num_slots(self) -> int:
+        """Variants on the device at once."""
+        return self._arenas[0].shape[0]
+
+    @property
+    def copies_bytes(self) -> tuple[int, int]:
+        """Of all variants' copies: the first layers' on the device, the others' on the host."""
+        kept = [copy for copies in self._copies.values() for copy in copies[: self._num_kept]]
+        host_bytes = sum(memory.data.nbytes for memory in self._host.values())
+        return sum(copy.nbytes for copy in kept), host_bytes
+
+    @property
     def activation_bytes(self) -> int:
         """What one activation copies from host memory."""
         numel = sum(stage.numel for stage in self._stages[self._num_kept :])

@@ -65,7 +65,7 @@ class Runner:
         self._graphs = graphs
         self._residency = residency
         self._variant_idx = variant_idx
-        self._device = device
+        self.device = device
 
     def span(
         self, variant: str, token_ids: Sequence[int], start: int, blocks: Sequence[int]
@@ -93,17 +93,17 @@ class Runner:
             _move_on(chunks)
             if not repeats:
                 rows = [row for row, is_last in enumerate(last) if is_last]
-                picked = torch.tensor(rows, device=self._device)
+                picked = torch.tensor(rows, device=self.device)
                 logits_TV, tokens_T = logits_TV[picked], tokens_T[picked]
             return self._choose(sequences, logits_TV, tokens_T, repeats)
-        batch = Batch.build(spans, self._device)
+        batch = Batch.build(spans, self.device)
         hidden_TH = self.model.forward(batch, self._residency.gate(variants))
         _move_on(chunks)
         rows = [row for row, is_last in zip(batch.last_rows, last, strict=True) if is_last]
         if not rows:
             return Launched((), False, torch.empty(0), None)
         groups = token_groups([self._residency.slot(s.variant) for s in sequences])
-        picked = torch.tensor(rows, device=self._device)
+        picked = torch.tensor(rows, device=self.device)
         logits_NV = self.model.logits(hidden_TH[picked], groups)
         return self._choose(sequences, logits_NV, logits_NV.argmax(dim=-1), repeats=False)
 
@@ -135,12 +135,12 @@ class Runner:
         """Replace the likeliest tokens where a sequence samples, and send all to the host."""
         params = [sequence.sampling for sequence in sequences]
         resample(tokens_N, logits_NV, params, [sequence.uniform() for sequence in sequences])
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return Launched(sequences, repeats, tokens_N, None)
         arrived = torch.cuda.Event()
         tokens = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
         tokens.copy_(tokens_N, non_blocking=True)
-        arrived.record(torch.cuda.current_stream(self._device))
+        arrived.record(torch.cuda.current_stream(self.device))
         return Launched(sequences, repeats, tokens, arrived)
 
 

@@ -90,6 +90,18 @@ class Scheduler:
         """Whether nothing waits or runs."""
         return not self.waiting and not self.running
 
+    @property
+    def may_admit(self) -> bool:
+        """Whether `schedule` could admit somebody now; where it is False that is certain."""
+        if not self.waiting or len(self.running) == self._max_sequences:
+            return False
+        first = self.waiting[0]
+        if not first.holds_slot:
+            return True
+        # Blocks are given in order of arrival, so nobody passes one who waits for them.
+        most_shared = (len(first.prompt_ids) - 1) // BLOCK_TOKENS if self._prefix_cache else 0
+        return first.num_blocks_needed - most_shared <= self._blocks.num_free
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must fit the cache when nothing else runs."""
         assert sequence.num_blocks_needed <= self._blocks.num_blocks

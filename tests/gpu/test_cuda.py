@@ -360,7 +360,8 @@ def test_what_is_predicted_is_taken_and_given_back(merged_pack: Path) -> None:
             merged_pack, device="cuda", resident=resident, cache_bytes=64 * 2**20
         ) as engine:
             taken = allocated_bytes() - before
-            predicted = engine.memory.weights_bytes + engine.memory.cache_bytes
+            plan = engine.memory
+            predicted = plan.weights_bytes + plan.cache_bytes + plan.buffer_bytes
             engine.generate(make_requests(engine, 2, seed=7))
         return taken, predicted
 

@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 CODES = ("bf16", "4+0", "4+1", "4+2", "4+3", "3+4", "5+2")
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+# Float32 is what proves. In bfloat16 a random model's routers turn at the least rounding.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-1}
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import FacePart, is_fast
 
 if torch.cuda.is_available():
     from moeruntime.kernels import nested_fast
-    from moeruntime.kernels.nested import FacePart
-    from moeruntime.kernels.nested_fast import FastPart, is_fast
-    from moeruntime.kernels.norms import FaceLists
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +66,14 @@ def make_part(
         table.append([slot, code.bits, code.step, at[4], at[2], at[1]])
         decoded.append(decode(shared[slot], scale[slot], CODE, private, code))
     part = FacePart(
-        rows, columns, 4, 128, {4: planes}, scale.cuda(), torch.tensor(table, device="cuda")
+        rows,
+        columns,
+        4,
+        128,
+        {4: planes},
+        scale.cuda(),
+        torch.tensor(table, device="cuda"),
+        num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
     )
     return part, torch.stack(decoded).cuda(), alive
 
@@ -86,8 +92,6 @@ def test_every_pair_is_what_decoding_first_gives(
         assert is_fast(CODE, (rows, columns), [code for _, code in faces])
     gate_up, gate_up_FRC, _alive = make_part(2 * INNER, HIDDEN, faces, 1)
     down, down_FRC, _alive_too = make_part(HIDDEN, INNER, faces, 2)
-    fast_gate_up, fast_down = FastPart.of(gate_up), FastPart.of(down)
-    assert fast_gate_up is not None and fast_down is not None
     chosen_TK = torch.rand(num_tokens, len(faces), device="cuda").topk(TOP_K, dim=-1).indices
     weights_TK = torch.rand(num_tokens, TOP_K, device="cuda")
     lists = FaceLists.of(chosen_TK, weights_TK, len(faces))
@@ -95,8 +99,8 @@ def test_every_pair_is_what_decoding_first_gives(
     pairs = num_tokens * TOP_K
     inner = torch.full((pairs, INNER), torch.nan, device="cuda", dtype=torch.float16)
     out = torch.full((pairs, 1, HIDDEN), torch.nan, device="cuda")
-    nested_fast.gate_up(x_TH, fast_gate_up, lists, 0, out_MI=inner)
-    nested_fast.down(inner, fast_down, lists, 0, out_MSH=out)
+    nested_fast.gate_up(x_TH, gate_up, lists, 0, out_MI=inner)
+    nested_fast.down(inner, down, lists, 0, out_MSH=out)
     for face in range(len(faces)):
         mine = (chosen_TK.flatten() == face).nonzero()[:, 0]
         if not len(mine):

@@ -237,6 +237,8 @@ def test_unknown_variants(refused: Refused, bad_pack: Path, tmp_path: Path) -> N
         (["--model", "a"], ["give either --prompt TEXT or --prompts FILE"]),
         (["--model", "a", "--prompt", "x", "--prompts", "y"], ["give either --prompt"]),
         (["--model", "a", "--prompt", "x", "--resident", "0"], ["--resident"]),
+        (["--model", "a", "--prompt", "x", "--kept-layers", "-1"], ["--kept-layers"]),
+        (["--model", "a", "--prompt", "x", "--kept-layers", "99"], ["kept_layers is 99, outside"]),
         (["--model", "a", "--prompt", "x", "--device", "tpu"], ["device 'tpu' is not 'auto'"]),
         (["--model", "a", "--prompt", "x", "--device", "cpu:1"], ["device 'cpu:1' is not 'auto'"]),
         (["--model", "a", "--prompt", "x", "--device", "cuda:-1"], ["device 'cuda:-1' is not"]),

@@ -235,3 +235,28 @@ def test_signals_leave_nothing_behind(
     assert (done.returncode, done.stdout) == (code, "")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_run_passes_on_how_weights_and_prompts_are_kept(
+    moec: Run, pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moeruntime import Engine
+
+    seen: list[dict[str, object]] = []
+    from_pack = Engine.from_pack
+
+    def spy(path: Path, **options: object) -> Engine:
+        seen.append(options)
+        return from_pack(path, **options)
+
+    monkeypatch.setattr(Engine, "from_pack", spy)
+    ask = ("run", "-a", pack, "-m", "math", "-p", "3 + 4 =", "--max-tokens", 4, "--device", "cpu")
+    texts = {
+        moec(*ask, "-q", *options)
+        for options in ((), ("--resident", 1, "--kept-layers", 2, "--no-prefix-cache"))
+    }
+    assert len(texts) == 1
+    assert [(o["resident"], o["kept_layers"], o["prefix_cache"]) for o in seen] == [
+        (None, None, True),
+        (1, 2, False),
+    ]

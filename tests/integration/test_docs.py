@@ -66,7 +66,7 @@ def test_the_commands_run_and_then_the_python(workplace: Path) -> None:
 def test_every_command_and_option_exists(workplace: Path) -> None:
     known = {
         name: run(workplace, "moec", name, "--help")
-        for name in ("consolidate", "plan", "inspect", "verify", "run", "eval", "export")
+        for name in ("consolidate", "plan", "inspect", "verify", "run", "bench", "eval", "export")
     }
     for block in blocks("bash"):
         for line in block.replace("\\\n", " ").splitlines():

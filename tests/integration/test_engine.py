@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -221,6 +222,23 @@ def test_a_chat_ends_with_the_end_of_the_turn(engine: Engine) -> None:
         assert output.token_ids[-1] in engine.text("shell").eos_ids
         assert output.text == engine.text("shell").tokenizer.decode(list(output.token_ids))
         assert "<|end|>" not in output.text
+
+
+def test_the_end_of_a_sequence_can_be_ignored(engine: Engine) -> None:
+    numbers = random.Random(2)
+    requests = [
+        Request("shell", [numbers.randrange(32, 4000)], SamplingParams(max_tokens=60))
+        for _ in range(12)
+    ]
+    ended = engine.generate(requests)
+    assert {output.finish_reason for output in ended} == {"stop", "length"}
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    on = engine.generate([Request("shell", request.prompt, params) for request in requests])
+    for before, output in zip(ended, on, strict=True):
+        assert output.finish_reason == "length"
+        assert len(output.token_ids) == 60
+        assert output.token_ids[: len(before.token_ids)] == before.token_ids
+        assert output.text.startswith(before.text)
 
 
 @pytest.mark.parametrize("name", ["nobody", "", "BASE", "../base", "x" * 500])

@@ -13,7 +13,10 @@ from moeruntime.errors import ResourceError, UsageError
 from moeruntime.kv_cache import KVCache
 from moeruntime.loader import RING_BYTES
 from moeruntime.memory import RESERVE_BYTES, MemoryPlan, plan_memory
+from moeruntime.models.decode_buffers import StepBuffers
+from moeruntime.models.layers import half_rotary_tables
 from moeruntime.pack import Pack
+from moeruntime.synthetic import SyntheticSource
 from runtime_fixtures import pack_with_common_tensors
 
 NUM_VARIANTS = 3
@@ -56,7 +59,7 @@ def needed_bytes(source: Pack, **changes: Any) -> int:
     """The least free memory with which these options fit, from the plan's own parts."""
     device = changes.get("device", torch.device("cpu")).type
     small = plan(source, cache_bytes=1, **changes)
-    needed = small.weights_bytes + small.cache_bytes + RESERVE_BYTES[device]
+    needed = small.weights_bytes + small.cache_bytes + small.buffer_bytes + RESERVE_BYTES[device]
     return needed + (small.host_bytes if device == "cpu" else 0)
 
 
@@ -174,7 +177,7 @@ def test_a_gpu_keeps_a_layer_where_that_is_cheap(source: Pack, free: Callable[[i
     assert nothing.kept_bytes == 0 < one.kept_bytes
     assert nothing.host_bytes - one.host_bytes == one.kept_bytes
     assert plan(source, num_slots=1, device=cuda, kept_layers=None) == one
-    taken = nothing.weights_bytes + RESERVE_BYTES["cuda"]
+    taken = nothing.weights_bytes + nothing.buffer_bytes + RESERVE_BYTES["cuda"]
     for left, expected in ((20 * one.kept_bytes, 1), (20 * one.kept_bytes - 1, 0)):
         free(taken + left)
         found = plan(source, num_slots=1, device=cuda, kept_layers=None, cache_bytes=1)
@@ -183,6 +186,37 @@ def test_a_gpu_keeps_a_layer_where_that_is_cheap(source: Pack, free: Callable[[i
     assert plan(source, num_slots=1, kept_layers=None).kept_layers == 0, "a CPU gains nothing"
     assert plan(source, device=cuda, kept_layers=None).kept_layers == 0, "all are resident"
     assert plan(source, device=cuda, kept_layers=2).kept_bytes == 0
+
+
+def test_a_gpu_needs_buffers_for_its_steps_and_no_decoded_experts(
+    free: Callable[[int], None],
+) -> None:
+    free(2**40)
+    coded = SyntheticSource("mixtral-tiny", num_variants=2, code="4+2")
+    plain = SyntheticSource("mixtral-tiny", num_variants=2)
+    options: dict[str, Any] = {"num_slots": 2, "dtype": torch.bfloat16, "max_sequences": 9}
+    for source in (coded, plain):
+        on_cpu, on_cuda = (
+            plan_memory(
+                source, device=torch.device(device), cache_bytes=2**20, kept_layers=0, **options
+            )
+            for device in ("cpu", "cuda")
+        )
+        assert on_cpu.buffer_bytes == 0 < on_cuda.buffer_bytes
+        assert on_cuda.decoded_bytes == 0
+        assert (on_cpu.decoded_bytes > 0) == (source is coded)
+        assert on_cuda.experts_bytes == on_cpu.experts_bytes
+    # What is counted on "meta" is what is allocated; faces are 8, batches are filled up to 16.
+    config = plain.manifest.config
+    parts = (config, 9, 8, torch.bfloat16, frozenset({torch.bfloat16}))
+    buffers = StepBuffers(*parts, torch.device("cpu"))
+    lists = vars(buffers.lists).values()
+    tensors = [*lists, *buffers.routed.values(), *buffers.inner.values()]
+    tensors += [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
+    assert buffers.inputs.shape == (4, 16)
+    assert storage_bytes(tensors) == buffers.num_bytes
+    rotary = half_rotary_tables(config, torch.device("cpu"))
+    assert on_cuda.buffer_bytes == buffers.num_bytes + sum(table.nbytes for table in rotary)
 
 
 def test_host_copies_must_fit_the_host(source: Pack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,3 +322,62 @@ def test_random_arrivals_and_aborts_keep_every_promise(seed: int) -> None:
     assert blocks.num_free == blocks.num_blocks
     assert not +slots.held
     assert sorted(blocks.allocate(24) or []) == list(range(24))
+
+
+# -- may_admit -----------------------------------------------------------------------------------
+
+
+def test_a_full_batch_admits_nobody_and_one_with_a_place_may() -> None:
+    scheduler, _, _ = make(max_sequences=2)
+    assert not scheduler.may_admit, "nobody waits"
+    first, second, third = (sequence() for _ in range(3))
+    for seq in (first, second, third):
+        scheduler.add(seq)
+    assert scheduler.may_admit
+    scheduler.schedule()
+    assert not scheduler.may_admit
+    scheduler.remove(first)
+    assert scheduler.may_admit
+    scheduler.schedule()
+    assert third in scheduler.running
+
+
+def test_who_waits_for_blocks_keeps_everybody_behind_out() -> None:
+    scheduler, _, _ = make(num_blocks=4)
+    large = sequence(prompt=3 * BLOCK_TOKENS, max_tokens=1)
+    other = sequence(prompt=3 * BLOCK_TOKENS, max_tokens=1)
+    small = sequence(prompt=1, max_tokens=1)
+    scheduler.add(large)
+    scheduler.schedule()
+    for seq in (other, small):
+        scheduler.add(seq)
+    # Two of its three blocks might be found in the cache, so one free block may be enough.
+    assert scheduler.may_admit
+    assert other not in [chunk.sequence for chunk in scheduler.schedule()]
+    longer = sequence(prompt=1, max_tokens=3 * BLOCK_TOKENS)
+    scheduler.remove(other)
+    scheduler.remove(small)
+    for seq in (longer, small):
+        scheduler.add(seq)
+    assert not scheduler.may_admit, "no prompt to share, and one block is free"
+    scheduler.schedule()
+    assert scheduler.running == [large]
+
+
+def test_where_may_admit_says_no_nothing_is_admitted() -> None:
+    numbers = random.Random(3)
+    said_no = 0
+    for _ in range(40):
+        scheduler, _, _ = make(num_blocks=8, num_slots=2, max_sequences=numbers.randint(1, 4))
+        for _ in range(30):
+            if numbers.random() < 0.5:
+                variant = numbers.choice("abc")
+                prompt, tokens = numbers.randint(1, 60), numbers.randint(1, 40)
+                scheduler.add(sequence(variant, prompt=prompt, max_tokens=tokens))
+            before, may = list(scheduler.running), scheduler.may_admit
+            chunks = scheduler.schedule()
+            if not may:
+                said_no += bool(scheduler.waiting)
+                assert scheduler.running == before
+            advance(scheduler, chunks)
+    assert said_no > 50

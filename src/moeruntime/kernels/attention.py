@@ -16,14 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.overlap import release, wait
 from moeruntime.kernels.spans import SPAN_ROWS, Spans
 
 __all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attention"]
 
-STEP, STAGES = 32, 3
-"""Keys that a decode takes at a time: few, so that many programs are resident and hide each
-other's beginnings."""
+STEP, STAGES = 128, 2
+"""Keys that a decode takes at a time, and how many steps ahead it reads."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -117,10 +115,8 @@ def _decode_kernel(
     sums, totals, arrived, table_stride, totals_half, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    release(OVERLAP)
     token, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if tl.load(variant_T + token) < 0:
         return
@@ -242,7 +238,6 @@ def decode_attention(
     sliding_window: int | None,
     *,
     out_TC: Tensor,
-    overlap: bool = False,
 ) -> None:
     """Rotate, store and attend: one new token of each sequence over its cached ones.
 
@@ -257,7 +252,6 @@ def decode_attention(
         scratch: for the splits.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
         out_TC: [T, Q * D].
-        overlap: start before the launch before it is done.
     """
     num_tokens = qkv_TC.shape[0]
     block, num_kv, head_dim = keys.shape[1:]
@@ -271,7 +265,7 @@ def decode_attention(
         DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block,
         STEP=STEP,
         SPLITS=scratch.splits, PRECISION="ieee" if qkv_TC.dtype == torch.float32 else "tf32",
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=4, num_stages=STAGES,
+        num_warps=4, num_stages=STAGES,
     )  # fmt: skip
 
 

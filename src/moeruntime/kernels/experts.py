@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.norms import FaceLists, find_tile
-from moeruntime.kernels.overlap import prefetch, release, wait
-from moeruntime.kernels.projections import Shape
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.norms import find_tile
+from moeruntime.kernels.shapes import Shape
 
 __all__ = ["down", "gate_up"]
 
@@ -27,10 +27,8 @@ def _gate_up_kernel(
     x, weight, out, counts, pairs, capacity, face_stride,
     F: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    release(OVERLAP)
     face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
     if face >= F:
         return
@@ -65,14 +63,7 @@ def _gate_up_kernel(
 
 
 def gate_up(
-    x_TH: Tensor,
-    weight_FIH: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    *,
-    out_MI: Tensor,
-    overlap: bool = False,
+    x_TH: Tensor, weight_FIH: Tensor, lists: FaceLists, layer: int, shape: Shape, *, out_MI: Tensor
 ) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair.
 
@@ -83,7 +74,6 @@ def gate_up(
         layer: whose lists.
         shape: how the work is cut.
         out_MI: a row for each pair, token * K + choice.
-        overlap: start before the launch before it is done.
     """
     num_tokens, hidden = x_TH.shape
     inner, top_k = weight_FIH.shape[1] // 2, lists.weights_TK.shape[1]
@@ -96,7 +86,7 @@ def gate_up(
         F=lists.counts_LF.shape[1], H=hidden, I=inner, K=top_k,
         ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PRECISION="ieee" if x_TH.dtype == torch.float32 else "tf32",
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip
 
 
@@ -104,9 +94,8 @@ def gate_up(
 def _down_kernel(
     x, weight, out, weights_TK, counts, pairs, capacity, face_stride,
     F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # `gate_up`, the launch before, has waited for the lists before it let this one begin.
     face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
     if face >= F:
         return
@@ -121,11 +110,6 @@ def _down_kernel(
     weight += face * face_stride + rows[:, None].to(tl.int64) * I + part * per_part
     x += pair[None, :] * I + part * per_part
     rows_in = (rows < H)[:, None]
-    if OVERLAP:
-        lines = tl.arange(0, 16) * 64
-        prefetch(weight + lines[None, :], OVERLAP)
-    wait(OVERLAP)
-    release(OVERLAP)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for at in tl.range(0, per_part, STEP):
         here = at + columns
@@ -143,14 +127,7 @@ def _down_kernel(
 
 
 def down(
-    x_MI: Tensor,
-    weight_FHI: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    *,
-    out_MSH: Tensor,
-    overlap: bool = False,
+    x_MI: Tensor, weight_FHI: Tensor, lists: FaceLists, layer: int, shape: Shape, *, out_MSH: Tensor
 ) -> None:
     """down_proj of every pair, times its routing weight, in parts to be added up.
 
@@ -161,7 +138,6 @@ def down(
         layer: whose lists.
         shape: how the work is cut.
         out_MSH: float32; a token's K * S parts follow each other.
-        overlap: start before the launch before it, a `gate_up`, is done.
     """
     num_pairs, inner = x_MI.shape
     hidden = weight_FHI.shape[1]
@@ -174,5 +150,5 @@ def down(
         F=lists.counts_LF.shape[1], I=inner, H=hidden,
         ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PARTS=shape.parts, PRECISION="ieee" if x_MI.dtype == torch.float32 else "tf32",
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

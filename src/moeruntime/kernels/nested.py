@@ -8,39 +8,17 @@ Legend: M rows of a program, N tokens of a tile, C columns, J words of a plane's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.norms import FaceLists, find_tile
-from moeruntime.kernels.projections import Shape
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import FacePart
+from moeruntime.kernels.norms import find_tile
+from moeruntime.kernels.shapes import Shape
 
-__all__ = ["FacePart", "down", "gate_up"]
-
-
-@dataclass(frozen=True, slots=True)
-class FacePart:
-    """One part of all faces of a layer, as the kernels read it.
-
-    Attributes:
-        num_rows, num_columns: R and C.
-        shared_bits, group: of the slots' code.
-        planes: width -> int16 words [slots, rows, J]; widths that the code has none of are absent.
-        scale_SRG: bfloat16.
-        faces_F6: int64; slot, private bits, step, and the addresses of the private planes
-            [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
-    """
-
-    num_rows: int
-    num_columns: int
-    shared_bits: int
-    group: int
-    planes: dict[int, Tensor]
-    scale_SRG: Tensor
-    faces_F6: Tensor
+__all__ = ["down", "gate_up"]
 
 
 @triton.jit

@@ -2,104 +2,37 @@
 
 For the codes and shapes of real models (`is_fast`); `nested` serves all others. Activations go in
 as float16, in which every level is exact; routing weights and sums are float32.
-
-A launch takes several faces of one slot at once, so what variants have in common is read and
-unpacked once. Which faces go together is a table: a row a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moeruntime.codes import NestedCode, PrivateCode
-from moeruntime.kernels.nested import FacePart
-from moeruntime.kernels.norms import FaceLists
-from moeruntime.kernels.nvrtc import Kernel, compile_kernel
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, FacePart
+from moeruntime.kernels.nvrtc import compile_kernel
 
-__all__ = ["FastPart", "down", "gate_up", "is_fast"]
+__all__ = ["down", "gate_up"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
-WARPS, ROWS = 4, 32
-GROUP = 128
-MAX_GROUPS = 32 * WARPS
+STAGES = 3  # as in the source
 
 
-def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
-    """Whether the kernel serves a matrix: it tiles it, and no constant needs rounding."""
-    num_rows, num_columns = shape
-    if code != NestedCode(4, GROUP) or num_columns % 2048 or num_rows % (2 * ROWS):
-        return False
-    return all(_constant(one) < 1024 for one in private)
-
-
-def _constant(code: PrivateCode) -> float:
-    """What is subtracted from a level; float16 has halves below 1024."""
-    high = 2 * code.step if code.bits == 3 else code.step
-    magic = 64.0 * (high + (code.step if code.bits == 3 else 0))
-    return 512 + 60 + magic + code.step * ((1 << code.bits) - 1) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class FastPart:
-    """A part and the groups of its faces.
-
-    Attributes:
-        part: codes and faces.
-        groups: number of faces a group -> int32 [groups, faces], -1 where a group is not full.
-        planes: private planes that a face has at most; three bits are two.
-    """
-
-    part: FacePart
-    groups: dict[int, Tensor]
-    planes: int
-
-    @classmethod
-    def of(cls, part: FacePart) -> FastPart | None:
-        """Group the faces; None where there are more groups than the kernel takes."""
-        table = part.faces_F6.tolist()
-        planes = max(2 if row[1] == 3 else min(row[1], 1) for row in table)
-        # As many as registers hold.
-        together = 2 if planes == 2 else 4
-        groups = {}
-        for size in (1, together):
-            rows: list[list[int]] = []
-            for slot in sorted({row[0] for row in table}):
-                faces = [face for face, row in enumerate(table) if row[0] == slot]
-                for start in range(0, len(faces), size):
-                    some = faces[start : start + size]
-                    rows.append(some + [-1] * (size - len(some)))
-            if len(rows) > MAX_GROUPS:
-                return None
-            groups[size] = torch.tensor(rows, dtype=torch.int32, device=part.scale_SRG.device)
-        return cls(part, groups, planes)
-
-    def cut(self, num_pairs: int) -> tuple[int, int]:
-        """Faces a group and tiles of eight tokens a face, for a step of so many pairs."""
-        num_faces, slots = len(self.part.faces_F6), self.part.scale_SRG.shape[0]
-        together = max(self.groups)
-        a_face = num_pairs / num_faces
-        if num_faces > slots and a_face <= 16:
-            return together, 1 if a_face <= 4 else 2
-        return 1, 1 if a_face <= 4 else 2 if a_face <= 12 else 4 if a_face <= 32 else 8
-
-
-def gate_up(x_TH: Tensor, fast: FastPart, lists: FaceLists, layer: int, *, out_MI: Tensor) -> None:
+def gate_up(x_TH: Tensor, part: FacePart, lists: FaceLists, layer: int, *, out_MI: Tensor) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair, as `experts.gate_up`; float16 in and out."""
-    _launch(fast, x_TH, out_MI, lists, layer, x_TH.shape[0] * lists.weights_TK.shape[1], True)
+    _launch(part, x_TH, out_MI, lists, layer, x_TH.shape[0] * lists.weights_TK.shape[1], True)
 
 
-def down(x_MI: Tensor, fast: FastPart, lists: FaceLists, layer: int, *, out_MSH: Tensor) -> None:
-    """down_proj of every pair, times its routing weight, as `experts.down`; one part."""
-    _launch(fast, x_MI, out_MSH, lists, layer, x_MI.shape[0], False)
+def down(x_MI: Tensor, part: FacePart, lists: FaceLists, layer: int, *, out_MSH: Tensor) -> None:
+    """down_proj of every pair, times its routing weight, as `experts.down`; in one part."""
+    _launch(part, x_MI, out_MSH, lists, layer, x_MI.shape[0], False)
 
 
 def _launch(
-    fast: FastPart,
+    part: FacePart,
     x: Tensor,
     out: Tensor,
     lists: FaceLists,
@@ -108,33 +41,20 @@ def _launch(
     is_gate_up: bool,
 ) -> None:
     assert x.dtype == torch.float16 and x.is_contiguous()
-    part = fast.part
-    faces, tiles = fast.cut(num_pairs)
-    groups = fast.groups[faces]
+    num_faces = len(part.faces_F6)
+    a_face = num_pairs / num_faces
+    tiles = 1 if a_face <= 4 else 2 if a_face <= 32 else 4
     tokens = 8 * tiles
-    kernel = _kernel(faces, tiles, fast.planes, is_gate_up)
-    num_works = min(num_pairs, len(groups) + num_pairs // tokens)
-    items, stages = 4 + 4 * faces * fast.planes, 3 if faces == 1 else 2
-    ring_bytes = 16 * 32 * WARPS * stages * items
-    scale_bytes = 4 * ROWS * part.num_columns // GROUP
-    kernel(
-        (num_works, part.num_rows // ROWS, 1),
+    defines = (("TILES", tiles), ("PLANES", part.num_planes), ("GATE_UP", int(is_gate_up)))
+    ring_bytes = 16 * 32 * WARPS * STAGES * (4 + 4 * part.num_planes)
+    scale_bytes = 2 * ROWS * part.num_columns // GROUP
+    compile_kernel(SOURCE, "nested", defines)(
+        (lists.num_tiles(num_pairs, tokens), part.num_rows // ROWS, 1),
         32 * WARPS,
         (
-            x, part.planes[4], part.scale_SRG, part.faces_F6, groups, lists.counts_LF[layer],
-            lists.pairs_LFC[layer], lists.weights_TK, out,
-            len(groups), lists.pairs_LFC.shape[2], part.num_rows, part.num_columns,
-            lists.weights_TK.shape[1],
+            x, part.planes[4], part.scale_SRG, part.faces_F6, lists.counts_LF[layer],
+            lists.pairs_LFC[layer], lists.weights_TK, out, num_faces, lists.pairs_LFC.shape[2],
+            part.num_rows, part.num_columns, lists.weights_TK.shape[1],
         ),
         shared_bytes=scale_bytes + max(ring_bytes, 4 * WARPS * ROWS * (tokens + 1)),
     )  # fmt: skip
-
-
-def _kernel(faces: int, tiles: int, planes: int, is_gate_up: bool) -> Kernel:
-    defines = (
-        ("FACES", faces),
-        ("TILES", tiles),
-        ("PLANES", planes),
-        ("GATE_UP", int(is_gate_up)),
-    )
-    return compile_kernel(SOURCE, "nested", defines)

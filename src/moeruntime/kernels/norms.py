@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.overlap import release, wait
+from moeruntime.kernels.face_lists import FaceLists
 
-__all__ = ["FaceLists", "add_norm", "find_tile", "gated", "route"]
+__all__ = ["add_norm", "find_tile", "gated", "in_order", "route"]
 
 EXPERTS_AT_ONCE = 8
 MAX_WARPS = 16
@@ -45,10 +45,7 @@ def _sum_parts(
 def _add_norm_kernel(
     residual, parts, rows, shares, weight, slot_T, out, slot_stride, eps,
     P: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, GATHERED: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    release(OVERLAP)
     token = tl.program_id(0)
     offsets = tl.arange(0, ROW)
     inside = offsets < H
@@ -72,7 +69,6 @@ def add_norm(
     out_TH: Tensor,
     rows_TP: Tensor | None = None,
     shares_TP: Tensor | None = None,
-    overlap: bool = False,
 ) -> None:
     """Add parts to the residual, in place, and write its norm by each token's own variant.
 
@@ -85,7 +81,6 @@ def add_norm(
         out_TH: the normed tokens, in the dtype of the products that read them.
         rows_TP: int64; if given, `parts` is [rows, H] and these are each token's.
         shares_TP: float32; what those are multiplied by.
-        overlap: start before the launch before it is done (`overlap.py`).
     """
     num_tokens, hidden = residual_TH.shape
     gathered = rows_TP is not None
@@ -98,64 +93,7 @@ def add_norm(
         nothing if shares_TP is None else shares_TP, weight_RH, slot_T, out_TH,
         weight_RH.stride(0), eps,
         P=num_parts, H=hidden, **_row(hidden), GATHERED=gathered,
-        OVERLAP=overlap, launch_pdl=overlap,
     )  # fmt: skip
-
-
-class FaceLists:
-    """Which (token, choice) pairs each face of each layer is to serve in a step.
-
-    Attributes:
-        counts_LF: int32; pairs of each face; F is rounded up to a power of 2.
-        pairs_LFC: int32; the pairs, token * K + choice, in no particular order.
-        weights_TK: float32 routing weights of the layer routed last.
-    """
-
-    def __init__(
-        self, num_layers: int, num_faces: int, max_tokens: int, top_k: int, device: torch.device
-    ) -> None:
-        """Allocate; `reset` empties the lists before every step."""
-        # Rows begin at 16 bytes, so that kernels are compiled for one alignment.
-        width, num_pairs = (
-            max(4, triton.next_power_of_2(num_faces)),
-            -(-max_tokens * top_k // 4) * 4,
-        )
-        self.counts_LF = torch.zeros(num_layers, width, dtype=torch.int32, device=device)
-        self.pairs_LFC = torch.zeros(
-            num_layers, num_faces, num_pairs, dtype=torch.int32, device=device
-        )
-        self.weights_TK = torch.zeros(max_tokens, top_k, dtype=torch.float32, device=device)
-
-    @classmethod
-    def of(cls, faces_TK: Tensor, weights_TK: Tensor, num_faces: int) -> FaceLists:
-        """The lists of one layer whose tokens are routed already.
-
-        Args:
-            faces_TK: int64.
-            weights_TK: float32.
-            num_faces: of the layer.
-        """
-        num_tokens, top_k = faces_TK.shape
-        lists = cls(1, num_faces, num_tokens, top_k, faces_TK.device)
-        lists.weights_TK.copy_(weights_TK)
-        faces_M = faces_TK.flatten()
-        order_M = faces_M.argsort(stable=True)
-        ones_M = torch.ones_like(faces_M, dtype=torch.int32)
-        counts_F = lists.counts_LF[0].scatter_add_(0, faces_M, ones_M)
-        first_F = counts_F.cumsum(0) - counts_F
-        sorted_M = faces_M[order_M]
-        place_M = torch.arange(len(order_M), device=order_M.device) - first_F[sorted_M]
-        lists.pairs_LFC[0, sorted_M, place_M] = order_M.int()
-        return lists
-
-    def num_tiles(self, num_pairs: int, tokens: int) -> int:
-        """Most tiles of up to `tokens` pairs of one face that so many pairs can form."""
-        num_faces = self.counts_LF.shape[1]
-        return min(num_pairs, (num_pairs + num_faces * (tokens - 1)) // tokens)
-
-    def reset(self) -> None:
-        """Forget all pairs."""
-        self.counts_LF.zero_()
 
 
 @triton.jit
@@ -179,10 +117,8 @@ def _route_kernel(
     counts, pairs, weights,
     norm_stride, router_stride, faces_stride, capacity, eps,
     P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
-    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
+    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
-    wait(OVERLAP)
-    release(OVERLAP)
     token = tl.program_id(0)
     slot, variant = tl.load(slot_T + token), tl.load(variant_T + token)
     router += slot * router_stride
@@ -235,7 +171,6 @@ def route(
     eps: float,
     *,
     out_TH: Tensor,
-    overlap: bool = False,
 ) -> None:
     """Add parts to the residual, write its norm, and put each token on its experts' lists.
 
@@ -253,7 +188,6 @@ def route(
         layer: the layer's index.
         eps: added to the mean square.
         out_TH: the normed tokens.
-        overlap: start before the launch before it is done.
     """
     num_tokens, hidden = residual_TH.shape
     num_experts, top_k = router_REH.shape[1], lists.weights_TK.shape[1]
@@ -265,8 +199,46 @@ def route(
         E_POW2=triton.next_power_of_2(num_experts), K=top_k,
         K_POW2=triton.next_power_of_2(top_k),
         AT_ONCE=min(EXPERTS_AT_ONCE, triton.next_power_of_2(num_experts)), **_row(hidden),
-        OVERLAP=overlap, launch_pdl=overlap,
     )  # fmt: skip
+
+
+@triton.jit
+def _order_kernel(
+    counts, pairs, ends, token_M, row_M, capacity,
+    F: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    face = tl.program_id(0)
+    faces = tl.arange(0, F)
+    count_F = tl.load(counts + faces)
+    count = tl.sum(tl.where(faces == face, count_F, 0))
+    start = tl.sum(tl.where(faces < face, count_F, 0))
+    tl.store(ends + face, start + count)
+    for at in tl.range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
+        place = at + tl.arange(0, BLOCK)
+        inside = place < count
+        pair = tl.load(pairs + face.to(tl.int64) * capacity + place, inside, other=0)
+        tl.store(token_M + start + place, (pair // K).to(tl.int64), inside)
+        tl.store(row_M + pair, (start + place).to(tl.int64), inside)
+
+
+def in_order(lists: FaceLists, layer: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All lists of a layer, one after another.
+
+    Returns:
+        The end of each face's pairs, int32 [F]; the token of each, int64 [T * K]; and where each
+        token's pairs are, int64 [T, K].
+    """
+    num_faces, top_k = lists.pairs_LFC.shape[1], lists.weights_TK.shape[1]
+    device = lists.pairs_LFC.device
+    ends_F = torch.empty(num_faces, dtype=torch.int32, device=device)
+    token_M = torch.empty(num_tokens * top_k, dtype=torch.int64, device=device)
+    row_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
+    _order_kernel[(num_faces, triton.cdiv(num_tokens, 1024))](
+        lists.counts_LF[layer], lists.pairs_LFC[layer], ends_F, token_M, row_TK,
+        lists.pairs_LFC.shape[2],
+        F=lists.counts_LF.shape[1], K=top_k, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return ends_F, token_M, row_TK
 
 
 @triton.jit

@@ -10,54 +10,21 @@ Legend: T tokens, I inputs, O outputs, R resident slots, N tiles, S parts the in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.overlap import prefetch, release, wait
+from moeruntime.kernels.shapes import Shape
 
-__all__ = ["Shape", "project", "tile_rows"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a product is cut: rows of weights a program, inputs a step, tokens a tile, parts."""
-
-    rows: int
-    step: int
-    tokens: int
-    parts: int = 1
-    warps: int = 4
-    stages: int = 4
-
-
-def tile_rows(
-    groups: Sequence[tuple[int, int, int]], tokens: int, num_tiles: int
-) -> list[list[int]]:
-    """Cut runs (slot, start, stop) of tokens into tiles.
-
-    Returns:
-        Three lists of `num_tiles`: slots (-1 where unused), starts and stops.
-    """
-    tiles = [
-        (slot, at, min(at + tokens, stop))
-        for slot, start, stop in groups
-        for at in range(start, stop, tokens)
-    ]
-    assert len(tiles) <= num_tiles
-    tiles += [(-1, 0, 0)] * (num_tiles - len(tiles))
-    return [list(column) for column in zip(*tiles, strict=True)]
+__all__ = ["project"]
 
 
 @triton.jit
 def _project_kernel(
     x, weight, out, tiles, slot_stride, num_tiles,
     I: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(2)
     slot = tl.load(tiles + tile).to(tl.int64)
@@ -71,12 +38,6 @@ def _project_kernel(
     weight += slot * slot_stride + rows[:, None].to(tl.int64) * I + part * per_part
     x += tokens[None, :] * I + part * per_part
     rows_in, tokens_in = (rows < O)[:, None], (tokens < stop)[None, :]
-    if OVERLAP:
-        # Which weights it will be was known before the step began.
-        lines = tl.arange(0, 16) * 64
-        prefetch(weight + lines[None, :], OVERLAP)
-    wait(OVERLAP)
-    release(OVERLAP)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for at in tl.range(0, per_part, STEP):
         here = at + columns
@@ -93,13 +54,7 @@ def _project_kernel(
 
 
 def project(
-    x_TI: Tensor,
-    weight_ROI: Tensor,
-    tiles_3N: Tensor,
-    shape: Shape,
-    *,
-    out: Tensor,
-    overlap: bool = False,
+    x_TI: Tensor, weight_ROI: Tensor, tiles_3N: Tensor, shape: Shape, *, out: Tensor
 ) -> None:
     """Multiply each token by the weights of its own variant.
 
@@ -109,7 +64,6 @@ def project(
         tiles_3N: int32 slots, starts and stops of `tile_rows`.
         shape: how the work is cut.
         out: [T, S, O]; its parts are to be added up. One part may be in any dtype.
-        overlap: start before the launch before it is done; the tiles must be older than that.
     """
     num_out, num_in = weight_ROI.shape[1:]
     num_tiles = tiles_3N.shape[1]
@@ -117,5 +71,5 @@ def project(
         x_TI, weight_ROI, out, tiles_3N, weight_ROI.stride(0), num_tiles,
         I=num_in, O=num_out, ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PARTS=shape.parts, PRECISION="ieee" if x_TI.dtype == torch.float32 else "tf32",
-        OVERLAP=overlap, launch_pdl=overlap, num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages,
     )  # fmt: skip

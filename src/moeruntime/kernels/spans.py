@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SPAN_ROWS", "Spans"]
+__all__ = ["SPAN_ROWS", "Spans", "to_device"]
 
 SPAN_ROWS = 128
 """New tokens of one sequence that a program of `span_attention` takes."""
@@ -47,7 +47,14 @@ class Spans:
         width = max(len(table) for table in block_tables)
         blocks = [n for table in block_tables for n in (*table, *[0] * (width - len(table)))]
         packed = torch.tensor([*tiles, *columns, *blocks], dtype=torch.int32)
-        if device.type == "cuda":
-            packed = packed.pin_memory()
-        parts = packed.to(device, non_blocking=True).split([len(tiles), len(columns), len(blocks)])
+        parts = to_device(packed, device).split([len(tiles), len(columns), len(blocks)])
         return cls(parts[0].view(-1, 2), parts[1].view(3, -1), parts[2].view(len(spans), -1))
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A step's input where it is needed."""
+    if device.type != "cuda":
+        return values.to(device)
+    from moeruntime.kernels.upload import uploader  # imports Triton
+
+    return uploader(device).send(values)

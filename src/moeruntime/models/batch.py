@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.kernels import TokenGroup
-from moeruntime.kernels.spans import Spans
+from moeruntime.kernels.spans import Spans, to_device
 from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
 
 __all__ = ["Batch", "Span"]
@@ -80,8 +80,7 @@ class Batch:
             ]
         # One transfer for all the per-token integers.
         packed = torch.tensor([tokens, positions, slots, variants, rows])
-        if device.type == "cuda":
-            packed = packed.pin_memory().to(device, non_blocking=True)
+        packed = to_device(packed, device)
         token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
         return cls(
             token_ids_T=token_ids_T,

@@ -9,7 +9,7 @@ Legend: F faces, S slots, H hidden, I intermediate, R rows, J words.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,10 @@ class DensePool:
     def weights(self, face: int) -> tuple[Tensor, Tensor]:
         return self.gate_up[face], self.down[face]
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds."""
+        yield from (self.gate_up, self.down)
+
 
 @dataclass(frozen=True, slots=True)
 class NestedPart:
@@ -75,6 +79,11 @@ class DecodedCache:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._entries: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """Kept now."""
+        return self._bytes
 
     def get(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
         """What is kept for (pool, face)."""
@@ -125,6 +134,19 @@ class NestedPool:
             decoded = (gate_up, down)
             self._cache.put(key, decoded)
         return decoded
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All codes and scales that it holds; not what is kept decoded."""
+        for part in self.parts:
+            yield from (*part.planes.values(), part.scale)
+        for face in self.faces:
+            for planes, _ in face.private:
+                yield from planes.values()
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of what is kept decoded, of all layers that share the cache."""
+        return self._cache.num_bytes
 
     def _decode(self, face: NestedFace, idx: int) -> Tensor:
         part, (planes, private) = self.parts[idx], face.private[idx]

@@ -28,15 +28,13 @@ from moeruntime.kernels import (
     nested_fast,
     norms,
 )
-from moeruntime.kernels.nested import FacePart
-from moeruntime.kernels.nested_fast import FastPart, is_fast
-from moeruntime.kernels.norms import FaceLists
-from moeruntime.kernels.projections import Shape
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import FacePart, is_fast
+from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
-from moeruntime.models.layers import rotary_tables
-from moeruntime.models.moe import route
+from moeruntime.models.layers import half_rotary_tables
 
 __all__ = ["FusedDecoder"]
 
@@ -61,17 +59,9 @@ class FusedDecoder:
         self.faces_VLE = faces_VLE
         self.cache = cache
         # Faces are addresses of private codes: the pools that own them have to live on.
-        self._owners = experts
+        self.experts = experts
         self.pools = [_kernel_pool(pool, self.head.dtype) for pool in experts]
-        device = faces_VLE.device
-        cos, sin = rotary_tables(
-            torch.arange(config.max_context, device=device),
-            config.head_dim,
-            config.rope_theta,
-            torch.float32,
-        )
-        half = config.head_dim // 2
-        self.rotary = (cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous())
+        self.rotary = half_rotary_tables(config, faces_VLE.device)
 
     @property
     def max_faces(self) -> int:
@@ -96,6 +86,7 @@ class FusedDecoder:
         residual_TH = embedded_TH.float()
         out_TH = torch.empty_like(embedded_TH)
         parts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        lists = FaceLists(1, self.max_faces, len(out_TH), config.top_k, out_TH.device)
 
         def add_norm(
             name: str,
@@ -118,8 +109,7 @@ class FusedDecoder:
             before_layer(layer)
             add_norm(layer_role(layer, "input_norm"), *parts)
             attended_TH = self._attention(layer, out_TH, batch)
-            add_norm(layer_role(layer, "post_attention_norm"), attended_TH[:, None])
-            parts = self._experts(layer, out_TH, batch)
+            parts = self._experts(layer, residual_TH, attended_TH, batch, lists)
         before_layer(config.num_layers)
         add_norm("final_norm", *parts)
         return out_TH
@@ -154,33 +144,49 @@ class FusedDecoder:
         return grouped_linear(attended_TC, self.weights[layer_role(layer, "o_proj")], batch.groups)
 
     def _experts(
-        self, layer: int, x_TH: Tensor, batch: Batch
+        self,
+        layer: int,
+        residual_TH: Tensor,
+        attended_TH: Tensor,
+        batch: Batch,
+        lists: FaceLists,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the experts add to the residual, as `add_norm` takes it."""
-        logits_TE = grouped_linear(x_TH, self.weights[layer_role(layer, "router")], batch.groups)
-        faces_TE = self.faces_VLE[batch.variant_T, layer]
-        faces_TK, weights_TK = route(logits_TE, faces_TE, self.config.top_k)
-        pool = self.pools[layer]
-        if isinstance(pool, DensePool) and pool.gate_up.dtype != torch.float32:
-            rows_MH, row_TK = _library_experts(x_TH, faces_TK, pool)
-            return rows_MH, row_TK, weights_TK
-        lists = FaceLists.of(faces_TK, weights_TK, num_faces(pool))
-        x_TH = x_TH.to(expert_dtype(pool, x_TH.dtype))
-        inner_MI = x_TH.new_empty(faces_TK.numel(), self.config.intermediate_size)
-        out_MSH = torch.empty(
-            faces_TK.numel(), 1, x_TH.shape[1], dtype=torch.float32, device=x_TH.device
+        """Add what attention found, and say what experts add to that, as `add_norm` takes it."""
+        pool, (num_tokens, hidden) = self.pools[layer], residual_TH.shape
+        kind = expert_dtype(pool, attended_TH.dtype)
+        x_TH = torch.empty(num_tokens, hidden, dtype=kind, device=attended_TH.device)
+        lists.reset()
+        norms.route(
+            residual_TH,
+            attended_TH[:, None],
+            self.weights[layer_role(layer, "post_attention_norm")],
+            self.weights[layer_role(layer, "router")],
+            batch.slot_T,
+            batch.variant_T,
+            self.faces_VLE[:, layer],
+            lists,
+            0,
+            self.config.rms_norm_eps,
+            out_TH=x_TH,
         )
+        if isinstance(pool, DensePool) and kind != torch.float32:
+            rows_MH, row_TK = _library_experts(x_TH, lists, pool)
+            return rows_MH, row_TK, lists.weights_TK
+        num_pairs = num_tokens * self.config.top_k
+        inner_MI = x_TH.new_empty(num_pairs, self.config.intermediate_size)
+        out_MSH = torch.empty(num_pairs, 1, hidden, dtype=torch.float32, device=x_TH.device)
         gate_up(pool, x_TH, lists, 0, MANY, inner_MI)
         down(pool, inner_MI, lists, 0, MANY, out_MSH)
-        return out_MSH.view(*faces_TK.shape, -1), None, None
+        return out_MSH.view(num_tokens, -1, hidden), None, None
 
 
 @dataclass(frozen=True, slots=True)
 class CodedPool:
-    """A nested pool as the kernels read it: gate_up and down; of both kinds or of neither, fast."""
+    """A nested pool as the kernels read it; both parts or neither go the fast way."""
 
-    parts: tuple[FacePart, FacePart]
-    fast: tuple[FastPart, FastPart] | None
+    gate_up: FacePart
+    down: FacePart
+    fast: bool
 
 
 KernelPool = DensePool | CodedPool
@@ -188,7 +194,7 @@ KernelPool = DensePool | CodedPool
 
 def num_faces(pool: KernelPool) -> int:
     """Distinct experts of a layer."""
-    return pool.num_faces if isinstance(pool, DensePool) else len(pool.parts[0].faces_F6)
+    return pool.num_faces if isinstance(pool, DensePool) else len(pool.gate_up.faces_F6)
 
 
 def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
@@ -197,39 +203,27 @@ def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
 
 
 def gate_up(
-    pool: KernelPool,
-    x_TH: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    out_MI: Tensor,
-    overlap: bool = False,
+    pool: KernelPool, x_TH: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MI: Tensor
 ) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI, overlap=overlap)
+        experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
     elif pool.fast:
-        nested_fast.gate_up(x_TH, pool.fast[0], lists, layer, out_MI=out_MI)
+        nested_fast.gate_up(x_TH, pool.gate_up, lists, layer, out_MI=out_MI)
     else:
-        nested.gate_up(x_TH, pool.parts[0], lists, layer, shape, out_MI=out_MI)
+        nested.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
 
 
 def down(
-    pool: KernelPool,
-    x_MI: Tensor,
-    lists: FaceLists,
-    layer: int,
-    shape: Shape,
-    out_MSH: Tensor,
-    overlap: bool = False,
+    pool: KernelPool, x_MI: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MSH: Tensor
 ) -> None:
     """down_proj of every pair, times its routing weight, however the experts are stored."""
     if isinstance(pool, DensePool):
-        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH, overlap=overlap)
+        experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
     elif pool.fast:
-        nested_fast.down(x_MI, pool.fast[1], lists, layer, out_MSH=out_MSH)
+        nested_fast.down(x_MI, pool.down, lists, layer, out_MSH=out_MSH)
     else:
-        nested.down(x_MI, pool.parts[1], lists, layer, shape, out_MSH=out_MSH)
+        nested.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
 
 
 def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
@@ -238,13 +232,15 @@ def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
         return pool
     assert isinstance(pool, NestedPool)
     gate_up, down = (_face_part(pool, idx) for idx in (0, 1))
-    fast: list[FastPart] = []
-    for idx, part in enumerate((gate_up, down)):
-        codes = [face.private[idx][1] for face in pool.faces]
-        shape = (part.num_rows, part.num_columns)
-        if dtype != torch.float32 and is_fast(pool.parts[idx].code, shape, codes):
-            fast += filter(None, [FastPart.of(part)])
-    return CodedPool((gate_up, down), (fast[0], fast[1]) if len(fast) == 2 else None)
+    fast = dtype != torch.float32 and all(
+        is_fast(
+            pool.parts[idx].code,
+            (part.num_rows, part.num_columns),
+            [face.private[idx][1] for face in pool.faces],
+        )
+        for idx, part in enumerate((gate_up, down))
+    )
+    return CodedPool(gate_up, down, fast)
 
 
 def _face_part(pool: NestedPool, idx: int) -> FacePart:
@@ -262,25 +258,17 @@ def _face_part(pool: NestedPool, idx: int) -> FacePart:
         planes={width: plane.view(torch.int16) for width, plane in part.planes.items()},
         scale_SRG=part.scale,
         faces_F6=torch.tensor(rows, device=part.scale.device),
+        num_planes=max(len(face.private[idx][0]) for face in pool.faces),
     )
 
 
-def _library_experts(x_TH: Tensor, faces_TK: Tensor, pool: DensePool) -> tuple[Tensor, Tensor]:
+def _library_experts(x_TH: Tensor, lists: FaceLists, pool: DensePool) -> tuple[Tensor, Tensor]:
     """Experts by the library's grouped product, which is the fastest for many tokens.
 
     Returns:
         A row for each pair, and which row is whose.
     """
-    faces_M = faces_TK.flatten()
-    order_M = faces_M.argsort(stable=True)
-    # Not bincount, which waits for the device.
-    counts_F = torch.zeros(pool.num_faces, dtype=torch.int32, device=x_TH.device)
-    counts_F.scatter_add_(0, faces_M, torch.ones_like(faces_M, dtype=torch.int32))
-    ends_F = counts_F.cumsum(0, dtype=torch.int32)
-    both_MI = F.grouped_mm(
-        x_TH[order_M // faces_TK.shape[1]], pool.gate_up.transpose(1, 2), offs=ends_F
-    )
-    rows_MH = F.grouped_mm(norms.gated(both_MI), pool.down.transpose(1, 2), offs=ends_F)
-    row_M = torch.empty_like(order_M)
-    row_M[order_M] = torch.arange(len(order_M), device=x_TH.device)
-    return rows_MH, row_M.view_as(faces_TK)
+    ends_F, token_M, row_TK = norms.in_order(lists, 0, len(x_TH))
+    ends_F = ends_F[: pool.num_faces]
+    both_MI = F.grouped_mm(x_TH[token_M], pool.gate_up.transpose(1, 2), offs=ends_F)
+    return F.grouped_mm(norms.gated(both_MI), pool.down.transpose(1, 2), offs=ends_F), row_TK

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["apply_rotary", "rms_norm", "rotary_tables"]
+from moeruntime.families import ModelConfig
+
+__all__ = ["apply_rotary", "half_rotary_tables", "rms_norm", "rotary_bytes", "rotary_tables"]
 
 
 def rms_norm(x_TH: Tensor, weight_RH: Tensor, slot_T: Tensor, eps: float) -> Tensor:
@@ -27,6 +29,19 @@ def rotary_tables(
     angles = positions_T.float()[:, None] * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def half_rotary_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Float32 cosines and sines [positions, D / 2] of the whole context."""
+    positions = torch.arange(config.max_context, device=device)
+    cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, torch.float32)
+    half = config.head_dim // 2
+    return cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous()
+
+
+def rotary_bytes(config: ModelConfig) -> int:
+    """Of both of `half_rotary_tables`."""
+    return 2 * 4 * config.max_context * (config.head_dim // 2)
 
 
 def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

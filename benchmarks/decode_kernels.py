@@ -3,7 +3,7 @@
 Every kernel is first compared with float32 products on fresh random inputs, over poisoned outputs.
 Then each way of cutting the work is timed, over weights far larger than the cache.
 
-Run: python benchmarks/kernels.py
+Run: python benchmarks/decode_kernels.py
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import asdict
 
 import torch
 from _common import print_json
-from _gpu import graph_s, read_bandwidth
 from torch import Tensor
 
+from moeruntime.bench.ceilings import read_bandwidth
+from moeruntime.bench.machine import graph_s
 from moeruntime.kernels import experts, projections
-from moeruntime.kernels.norms import FaceLists
-from moeruntime.kernels.projections import Shape, tile_rows
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.shapes import Shape, tile_rows
 
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")

@@ -1,0 +1,55 @@
+"""Chooses the decoder that a device runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moeruntime.kv_cache import KVCache
+from moeruntime.models.decoder import Decoder
+from moeruntime.models.experts import ExpertPool
+from moeruntime.pack import Manifest
+
+if TYPE_CHECKING:
+    from moeruntime.models.decode_graph import DecodeGraphs
+    from moeruntime.models.fused import FusedDecoder
+
+__all__ = ["build_model"]
+
+
+def build_model(
+    manifest: Manifest,
+    weights: Mapping[str, Tensor],
+    experts: Sequence[ExpertPool],
+    cache: KVCache,
+    *,
+    num_slots: int,
+    max_rows: int,
+) -> tuple[Decoder | FusedDecoder, DecodeGraphs | None]:
+    """The model over views of what is loaded, and on CUDA the graphs of its decode steps.
+
+    Args:
+        manifest: whose variants and experts.
+        weights: parameter -> [R, ...], as `Residency.weights`.
+        experts: one pool a layer.
+        cache: keys and values.
+        num_slots: resident slots.
+        max_rows: most sequences in a decode step.
+    """
+    config, device = manifest.config, cache.keys[0].device
+    faces_of = [manifest.faces(layer)[1] for layer in range(config.num_layers)]
+    faces_VLE = torch.tensor(
+        [[faces[name] for faces in faces_of] for name in manifest.variant_names], device=device
+    )
+    parts = (config, weights, experts, faces_VLE, cache)
+    if device.type != "cuda":
+        return Decoder(*parts), None
+    # Not before it is needed: this imports Triton, which a CPU build of torch lacks.
+    from moeruntime.models.decode_graph import DecodeGraphs
+    from moeruntime.models.fused import FusedDecoder
+
+    model = FusedDecoder(*parts)
+    return model, DecodeGraphs(model, num_slots, max_rows)

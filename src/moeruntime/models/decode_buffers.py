@@ -1,0 +1,159 @@
+"""What decode steps work in: sizes of batches, how products are cut, and the memory between them.
+
+Imports no Triton: the memory plan counts these tensors before anything is loaded.
+
+Legend: T rows of the batch, B blocks of a sequence, H hidden, I intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeruntime.families import ModelConfig
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.shapes import Shape
+from moeruntime.kv_cache import blocks_for
+
+__all__ = ["BATCH_SIZES", "StepBuffers", "StepShapes", "batch_sizes"]
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Batches are filled up to the next of these."""
+
+
+def batch_sizes(max_rows: int) -> list[int]:
+    """What batches of up to `max_rows` are filled to; at most the last of BATCH_SIZES."""
+    sizes = [size for size in BATCH_SIZES if size < max_rows]
+    return [*sizes, next(size for size in BATCH_SIZES if size >= max_rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class StepShapes:
+    """How the products of a step are cut."""
+
+    qkv: Shape
+    o: Shape
+    gate_up: Shape
+    down: Shape
+    head: Shape
+
+    @classmethod
+    def of(cls, num_rows: int, *, exact: bool) -> StepShapes:
+        """Measured on an H200 at the sizes of Mixtral-8x7B; `exact` is float32."""
+        if exact:
+            one = Shape(rows=32, step=32, tokens=16, stages=2)
+            return cls(one, one, one, one, one)
+        for most, shapes in _MEASURED.items():
+            if num_rows <= most:
+                return shapes
+        return shapes
+
+
+_SMALL = StepShapes(
+    qkv=Shape(rows=32, step=128, tokens=16, stages=6),
+    o=Shape(rows=32, step=256, tokens=16, parts=2),
+    gate_up=Shape(rows=64, step=128, tokens=16, stages=3),
+    down=Shape(rows=128, step=128, tokens=16, parts=4, stages=3),
+    head=Shape(rows=64, step=128, tokens=16),
+)
+_MEASURED = {
+    16: _SMALL,
+    32: StepShapes(
+        qkv=Shape(rows=64, step=128, tokens=32),
+        o=Shape(rows=64, step=128, tokens=32, parts=2),
+        gate_up=_SMALL.gate_up,
+        down=Shape(rows=64, step=128, tokens=16, parts=2),
+        head=Shape(rows=64, step=128, tokens=32),
+    ),
+    # Tiles of 32: two of one variant cost nothing, and a batch of several variants wastes less.
+    64: StepShapes(
+        qkv=Shape(rows=64, step=128, tokens=32),
+        o=Shape(rows=64, step=128, tokens=32, parts=2),
+        gate_up=Shape(rows=64, step=64, tokens=32),
+        down=Shape(rows=64, step=128, tokens=32, parts=2),
+        head=Shape(rows=64, step=128, tokens=32),
+    ),
+    256: StepShapes(
+        qkv=Shape(rows=64, step=128, tokens=64),
+        o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        gate_up=Shape(rows=64, step=64, tokens=64),
+        down=Shape(rows=128, step=64, tokens=64, parts=2, warps=8),
+        head=Shape(rows=64, step=128, tokens=64),
+    ),
+}
+"""Rows of a step -> the best found by benchmarks/decode_kernels.py."""
+
+
+class StepBuffers:
+    """Inputs and intermediates of the largest batch; a smaller one uses their first rows.
+
+    Attributes:
+        inputs: int64 [4, T]: tokens, positions, resident slots, variants.
+        tables: int32 block tables [T, B].
+        residual, normed, qkv, attended: the residual stream in float32, and what blocks make of it.
+        o_parts, down_parts: float32 partial products, still to be added up.
+        routed, inner: inputs and inner activations [pairs, I] of the experts, by their dtype.
+        logits: float32 [T, V].
+        lists: which pairs each face serves.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_rows: int,
+        max_faces: int,
+        dtype: torch.dtype,
+        expert_dtypes: frozenset[torch.dtype],
+        device: torch.device,
+    ) -> None:
+        """Allocate them all.
+
+        Args:
+            config: the architecture.
+            max_rows: most sequences in a step.
+            max_faces: distinct experts of the layer that has the most.
+            dtype: what the model computes in.
+            expert_dtypes: what its experts take.
+            device: where; on "meta" nothing is allocated, only counted.
+        """
+        sizes = batch_sizes(max_rows)
+        shapes = [StepShapes.of(size, exact=dtype == torch.float32) for size in sizes]
+        rows, hidden = sizes[-1], config.hidden_size
+        pairs = rows * config.top_k
+        heads = config.num_heads + 2 * config.num_kv_heads
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=of, device=device)
+
+        self.inputs = zeros(4, rows, of=torch.int64)
+        self.tables = zeros(rows, blocks_for(config.max_context), of=torch.int32)
+        self.residual = zeros(rows, hidden, of=torch.float32)
+        self.normed = zeros(rows, hidden)
+        self.qkv = zeros(rows, heads * config.head_dim)
+        self.attended = zeros(rows, config.num_heads * config.head_dim)
+        parts = max(one.o.parts for one in shapes)
+        self.o_parts = zeros(rows * parts * hidden, of=torch.float32)
+        self.routed = {kind: zeros(rows, hidden, of=kind) for kind in expert_dtypes}
+        self.inner = {
+            kind: zeros(pairs, config.intermediate_size, of=kind) for kind in expert_dtypes
+        }
+        parts = max(one.down.parts for one in shapes)
+        self.down_parts = zeros(pairs * parts * hidden, of=torch.float32)
+        self.logits = zeros(rows, config.vocab_size, of=torch.float32)
+        self.lists = FaceLists(config.num_layers, max_faces, rows, config.top_k, device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for value in vars(self).values():
+            if isinstance(value, Tensor):
+                yield value
+        yield from self.routed.values()
+        yield from self.inner.values()
+        yield from (self.lists.counts_LF, self.lists.pairs_LFC, self.lists.weights_TK)

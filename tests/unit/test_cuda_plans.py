@@ -1,0 +1,121 @@
+"""What Python decides for the CUDA kernels: tiles, fast faces, lists, sizes of batches."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moeruntime.codes import NestedCode, PrivateCode
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import MAX_FACES, is_fast
+from moeruntime.kernels.shapes import tile_rows
+from moeruntime.models.decode_buffers import BATCH_SIZES, StepShapes, batch_sizes
+
+NO_TRITON = """
+import sys
+sys.modules["triton"] = None  # whoever imports it fails
+import moeruntime
+from moeruntime import Engine, Request, SamplingParams
+from moeruntime.synthetic import SyntheticSource
+for code in ("bf16", "4+2"):
+    with Engine(SyntheticSource("mixtral-tiny", code=code), device="cpu") as engine:
+        (output,) = engine.generate([Request("v0", [1, 2, 3], SamplingParams(max_tokens=3))])
+        assert len(output.token_ids) == 3
+print("ran")
+"""
+
+
+def test_an_engine_on_a_cpu_needs_no_triton() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TRITON], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "ran\n", done.stderr
+
+
+# -- tiles -----------------------------------------------------------------------------------------
+
+
+def test_tiles_cover_each_run_once_and_never_two_slots() -> None:
+    numbers = random.Random(1)
+    for _ in range(50):
+        groups, at = [], 0
+        for slot in numbers.sample(range(8), numbers.randint(1, 5)):
+            count = numbers.randint(1, 70)
+            groups.append((slot, at, at + count))
+            at += count
+        slots, starts, stops = tile_rows(groups, 32, num_tiles=40)
+        assert len(slots) == len(starts) == len(stops) == 40
+        owner: dict[int, int] = {}
+        for slot, start, stop in zip(slots, starts, stops, strict=True):
+            assert (slot < 0) == (start == stop)
+            assert stop - start <= 32
+            for token in range(start, stop):
+                assert token not in owner
+                owner[token] = slot
+        assert owner == {
+            token: slot for slot, start, stop in groups for token in range(start, stop)
+        }
+
+
+# -- faces -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "shape", "private", "expected"),
+    [
+        (NestedCode(4, 128), (28672, 4096), [PrivateCode(2, 2)], True),
+        (NestedCode(4, 128), (4096, 14336), [PrivateCode(0, 0), PrivateCode(4, 1)], True),
+        (NestedCode(4, 128), (4096, 14336), [PrivateCode(3, 2)], True),
+        (NestedCode(4, 128), (4096, 14336), [PrivateCode(2, 2), PrivateCode(3, 3)], False),
+        (NestedCode(3, 128), (4096, 14336), [PrivateCode(2, 2)], False),
+        (NestedCode(4, 32), (4096, 14336), [PrivateCode(2, 2)], False),
+        (NestedCode(4, 128), (4096, 1024), [PrivateCode(2, 2)], False),
+        (NestedCode(4, 128), (4096 + 32, 14336), [PrivateCode(2, 2)], False),
+    ],
+)
+def test_the_fast_kernel_takes_what_it_tiles_and_rounds_nothing(
+    code: NestedCode, shape: tuple[int, int], private: list[PrivateCode], expected: bool
+) -> None:
+    assert is_fast(code, shape, private) is expected
+
+
+def test_a_layer_of_more_faces_than_the_kernel_looks_through_is_not_fast() -> None:
+    code, shape = NestedCode(4, 128), (4096, 14336)
+    assert is_fast(code, shape, [PrivateCode(2, 2)] * MAX_FACES)
+    assert not is_fast(code, shape, [PrivateCode(2, 2)] * (MAX_FACES + 1))
+
+
+def test_lists_name_each_pair_once_under_its_face() -> None:
+    generator = torch.Generator().manual_seed(5)
+    faces_TK = torch.rand(37, 11, generator=generator).topk(2, dim=-1).indices
+    lists = FaceLists.of(faces_TK, torch.rand(37, 2, generator=generator), 11)
+    assert lists.counts_LF.shape == (1, 16)
+    for face in range(16):
+        count = int(lists.counts_LF[0, face])
+        expected = (faces_TK.flatten() == face).nonzero()[:, 0].tolist()
+        assert count == len(expected)
+        if face < 11:
+            assert sorted(lists.pairs_LFC[0, face, :count].tolist()) == expected
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 31, 32, 33, 200, 256])
+def test_every_batch_has_a_size_to_be_filled_up_to(max_rows: int) -> None:
+    sizes = batch_sizes(max_rows)
+    assert sizes == list(BATCH_SIZES[: len(sizes)])
+    assert sizes[-1] >= max_rows
+    assert len(sizes) == 1 or sizes[-2] < max_rows
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_step_of_any_size_is_cut_somehow(exact: bool) -> None:
+    for size in BATCH_SIZES:
+        shapes = StepShapes.of(size, exact=exact)
+        assert shapes.qkv.tokens == shapes.o.tokens == shapes.head.tokens, "they share their tiles"
+        assert shapes.head.parts == shapes.qkv.parts == 1
