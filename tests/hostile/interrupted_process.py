@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import moeruntime.engine
+import moeruntime.runner
 from moeconsolidate import checkpoint, cli, process, publish, writer
 
 PLACES: dict[str, tuple[Any, str]] = {
@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "flushing": (publish, "_flush_folders"),
     "cleaning": (shutil, "rmtree"),
     "exiting": (process, "_flush"),
-    "generating": (moeruntime.engine.Engine, "step"),
+    "generating": (moeruntime.runner.Runner, "launch"),
 }
 OUTSIDE_PAUSE_S = 0.03
 DEADLINE_S = 20.0

@@ -115,7 +115,7 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(events=EVENTS, num_blocks=st.integers(7, 20), prefix_cache=st.booleans())
+@given(events=EVENTS, num_blocks=st.integers(8, 20), prefix_cache=st.booleans())
 def test_nothing_leaks_is_freed_twice_or_read_by_others(
     events: list[object], num_blocks: int, prefix_cache: bool
 ) -> None:
