@@ -59,9 +59,8 @@ class Kernel:
         )
 
 
-@cache
 def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
-    """Compile a file's kernel for the current device.
+    """Compile a file's kernel for the current device, unless that was done before.
 
     Args:
         path: CUDA C++ that includes nothing.
@@ -71,7 +70,13 @@ def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) 
     Raises:
         ResourceError: there is no compiler library, or it refuses the file.
     """
-    image = _compile(path, dict(defines), torch.cuda.get_device_capability())
+    return _loaded(path, name, defines, torch.cuda.current_device())
+
+
+@cache
+def _loaded(path: Path, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+    """A loaded module is the device's that it was loaded on."""
+    image = _compile(path, dict(defines), torch.cuda.get_device_capability(device))
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream()  # makes sure that the device's context is current
     _check_driver(_driver().cuModuleLoadData(ctypes.byref(module), image))

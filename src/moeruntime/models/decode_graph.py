@@ -63,17 +63,19 @@ class DecodeGraphs:
             Logits [T, V] in float32, and the likeliest tokens [T], which the next step begins with
             unless they are overwritten. Both belong to this object and last until the next step.
         """
-        size = next(size for size in self._sizes if size >= len(spans))
-        step = self._step(size)
+        step = self._step(self._size(len(spans)))
         step.set(spans)
         step.graph.replay()
         return self.buffers.logits[: len(spans)], self.buffers.inputs[0, : len(spans)]
 
     def run_on(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Run the next token of the same sequences; the host has nothing to say."""
-        size = next(size for size in self._sizes if size >= num_rows)
-        self._steps[size].graph.replay()
+        self._steps[self._size(num_rows)].graph.replay()
         return self.buffers.logits[:num_rows], self.buffers.inputs[0, :num_rows]
+
+    def _size(self, num_rows: int) -> int:
+        """What a batch of so many rows is filled up to."""
+        return next(size for size in self._sizes if size >= num_rows)
 
     def _step(self, size: int) -> _Step:
         if size not in self._steps:
@@ -157,8 +159,7 @@ class DecodeGraphs:
 
     def num_tiles(self, size: int) -> int:
         """Most tiles that `size` rows of all resident slots can form."""
-        tokens = self._shapes[size].qkv.tokens
-        return min(size, self._num_slots - 1 + -(-size // tokens))
+        return min(size, self._num_slots - 1 + -(-size // self.tile_tokens(size)))
 
     def tile_tokens(self, size: int) -> int:
         """Rows of a tile."""
