@@ -13,7 +13,7 @@ from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
 from moeruntime.models import parameter_roles
-from moeruntime.models.decode_buffers import StepBuffers
+from moeruntime.models.decode_buffers import StepBuffers, decoded_numel
 from moeruntime.models.layers import rotary_bytes
 from moeruntime.pack import Manifest, WeightSource
 
@@ -183,17 +183,20 @@ def _num_faces(manifest: Manifest) -> list[int]:
 
 def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_sequences: int) -> int:
     """What `FusedDecoder` and `DecodeGraphs` allocate beside weights and cache, at most."""
-    # Some layers' nested experts may take float16, and others not.
-    expert_dtypes = {dtype} if manifest.nested is None else {dtype, torch.float16}
+    nested = manifest.nested is not None
+    # Some layers' nested experts may take float32, and others not.
+    expert_dtypes = {dtype, torch.float32} if nested else {dtype}
+    config, max_faces = manifest.config, max(_num_faces(manifest))
     buffers = StepBuffers(
-        manifest.config,
+        config,
         max_sequences,
-        max(_num_faces(manifest)),
+        max_faces,
         dtype,
         frozenset(expert_dtypes),
         torch.device("meta"),
     )
-    return buffers.num_bytes + rotary_bytes(manifest.config)
+    decoded_bytes = nested * decoded_numel(config, max_faces, dtype) * dtype.itemsize
+    return buffers.num_bytes + decoded_bytes + rotary_bytes(config)
 
 
 def _check_host(source: WeightSource, host_bytes: int, num_variants: int) -> None:

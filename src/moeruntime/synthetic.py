@@ -206,10 +206,9 @@ class SyntheticSource:
 
     def _bits(self, shape: tuple[int, ...], name: str) -> MadeTensor:
         def fill(out: Tensor) -> None:
-            # torch draws signed integers only.
-            out.view(torch.int16).random_(-(2**15), 2**15, generator=self._generator(out, name))
+            out.random_(0, 256, generator=self._generator(out, name))
 
-        return MadeTensor(torch.uint16, shape, fill)
+        return MadeTensor(torch.uint8, shape, fill)
 
     def _generator(self, out: Tensor, name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self._seed}.{name}".encode()).digest()

@@ -26,7 +26,7 @@ CHECKPOINTS, PACK, NESTED = (FOLDER / name for name in ("checkpoints", "pack", "
 VARIANTS = ("plain", "chatty")
 ROLES = ("gate_proj", "up_proj", "down_proj")
 Array = NDArray[np.float32]
-Words = NDArray[np.uint16]
+Bytes = NDArray[np.uint8]
 
 EXPECTED = {
     name: [json.loads(line) for line in (FOLDER / expected).read_text().splitlines()]
@@ -39,29 +39,29 @@ BOTH = pytest.mark.parametrize("root", [PACK, NESTED], ids=lambda root: root.nam
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file: bf16 tensors widened to float32, and words as they are."""
+    """A safetensors file: bf16 tensors widened to float32, and bytes as they are."""
     tensors: dict[str, Any] = {}
     for name, entry in safetensors.deserialize(path.read_bytes()):
-        words = np.frombuffer(entry["data"], dtype="<u2").reshape(entry["shape"])
-        assert entry["dtype"] in ("BF16", "U16")
+        kind = {"BF16": "<u2", "U8": "u1"}[entry["dtype"]]
+        values = np.frombuffer(entry["data"], dtype=kind).reshape(entry["shape"])
         if entry["dtype"] == "BF16":
-            tensors[name] = (words.astype(np.uint32) << 16).view(np.float32)
+            tensors[name] = (values.astype(np.uint32) << 16).view(np.float32)
         else:
-            tensors[name] = words
+            tensors[name] = values
     return tensors
 
 
-def unpack(planes: dict[int, Words], num_columns: int) -> NDArray[np.int64]:
+def unpack(planes: dict[int, Bytes], num_columns: int) -> NDArray[np.int64]:
     """The codes [rows, columns] of a matrix: widths 4, 2, 1, each below the one before."""
     codes: Any = 0
     for width in sorted(planes, reverse=True):
-        words = planes[width].astype(np.int64)
-        num_words = words.shape[1]
-        assert num_words == -(-num_columns * width // 16)
-        fields = np.empty((len(words), num_columns), dtype=np.int64)
+        plane = planes[width].astype(np.int64)
+        row_bytes = plane.shape[1]
+        assert row_bytes == -(-num_columns * width // 8)
+        fields = np.empty((len(plane), num_columns), dtype=np.int64)
         for column in range(num_columns):
-            number, word = divmod(column, num_words)
-            fields[:, column] = (words[:, word] >> (number * width)) % 2**width
+            number, place = divmod(column, row_bytes)
+            fields[:, column] = (plane[:, place] >> (number * width)) % 2**width
         codes = codes * 2**width + fields
     return np.asarray(codes)
 
@@ -72,7 +72,7 @@ class Reader:
     def __init__(self, root: Path) -> None:
         self.manifest = json.loads((root / "manifest.json").read_bytes())
         assert self.manifest["format"] == "moec-pack"
-        assert self.manifest["format_version"] == "0.2"
+        assert self.manifest["format_version"] == "0.3"
         self.variants = {variant["name"]: variant for variant in self.manifest["variants"]}
         self.files: dict[str, dict[str, Any]] = {}
         for path, file in self.manifest["files"].items():

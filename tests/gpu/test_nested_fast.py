@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import FacePart, is_fast
+from moeruntime.kernels.face_parts import ByteRows, Cut, FacePart, is_fast
 
 if torch.cuda.is_available():
-    from moeruntime.kernels import nested_fast
+    from moeruntime.kernels import nested, nested_fast
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +39,7 @@ THREES = [
     (2, PrivateCode(2, 3)),
 ]
 ALONE = [(slot, PrivateCode(2, 2)) for slot in range(SLOTS)]
+CUTS = [None, *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2)))]
 
 
 def make_part(
@@ -53,7 +54,7 @@ def make_part(
     shared = codes(4, SLOTS, rows, columns)
     scale = torch.rand(SLOTS, rows, scale_columns(columns, 128), generator=generator) * 0.001
     scale = (scale + 0.0005).bfloat16()
-    planes = torch.stack([pack_planes(one, 4)[4] for one in shared]).view(torch.int16).cuda()
+    planes = torch.stack([pack_planes(one, 4)[4] for one in shared]).cuda()
     decoded, table, alive = [], [], []
     for slot, code in faces:
         private = codes(code.bits, rows, columns) if code.bits else None
@@ -61,7 +62,7 @@ def make_part(
         for width, plane in (
             pack_planes(private, code.bits) if private is not None else {}
         ).items():
-            alive.append(plane.view(torch.int16).cuda())
+            alive.append(plane.cuda())
             at[width] = alive[-1].data_ptr()
         table.append([slot, code.bits, code.step, at[4], at[2], at[1]])
         decoded.append(decode(shared[slot], scale[slot], CODE, private, code))
@@ -74,6 +75,7 @@ def make_part(
         scale.cuda(),
         torch.tensor(table, device="cuda"),
         num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
+        wide=any(code.bits == 4 for _, code in faces),
     )
     return part, torch.stack(decoded).cuda(), alive
 
@@ -82,10 +84,14 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 9, 40, 150, 700])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 9, 40, 150])
 @pytest.mark.parametrize("faces", [MIXED, THREES, ALONE], ids=["mixed", "threes", "alone"])
 def test_every_pair_is_what_decoding_first_gives(
-    faces: list[tuple[int, PrivateCode]], num_tokens: int, monkeypatch: pytest.MonkeyPatch
+    faces: list[tuple[int, PrivateCode]],
+    num_tokens: int,
+    cut: Cut | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     for rows, columns in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
@@ -95,12 +101,13 @@ def test_every_pair_is_what_decoding_first_gives(
     chosen_TK = torch.rand(num_tokens, len(faces), device="cuda").topk(TOP_K, dim=-1).indices
     weights_TK = torch.rand(num_tokens, TOP_K, device="cuda")
     lists = FaceLists.of(chosen_TK, weights_TK, len(faces))
-    x_TH = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.float16)
+    x_TH = torch.randn(num_tokens, HIDDEN, device="cuda")
     pairs = num_tokens * TOP_K
-    inner = torch.full((pairs, INNER), torch.nan, device="cuda", dtype=torch.float16)
+    inner = torch.full((pairs, INNER), torch.nan, device="cuda")
     out = torch.full((pairs, 1, HIDDEN), torch.nan, device="cuda")
-    nested_fast.gate_up(x_TH, gate_up, lists, 0, out_MI=inner)
-    nested_fast.down(inner, down, lists, 0, out_MSH=out)
+    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, torch.device("cuda"))
+    nested_fast.gate_up(x_TH, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
+    nested_fast.down(inner, down, lists, 0, scratch, out_MSH=out, cut=cut)
     for face in range(len(faces)):
         mine = (chosen_TK.flatten() == face).nonzero()[:, 0]
         if not len(mine):
@@ -112,7 +119,33 @@ def test_every_pair_is_what_decoding_first_gives(
         assert error(out[mine, 0], expected) <= 1e-3
 
 
-def test_codes_whose_constants_round_are_refused() -> None:
-    assert not is_fast(CODE, (4096, 2048), [PrivateCode(2, 20)])
-    assert not is_fast(CODE, (4096, 1024), [PrivateCode(2, 2)])
-    assert not is_fast(NestedCode(5, 128), (4096, 2048), [PrivateCode(1, 1)])
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("shared_bits", [2, 3, 4, 5, 6])
+def test_faces_are_decoded_as_the_definition_says(shared_bits: int, bits: int) -> None:
+    if shared_bits + bits > 7:
+        return
+    generator = torch.Generator().manual_seed(shared_bits * 8 + bits)
+    rows, columns, code = 300, 384, NestedCode(shared_bits, 128)
+    private_code = PrivateCode(bits, 1) if bits else PrivateCode(0, 0)
+
+    def codes(of: int) -> Tensor:
+        return torch.randint(2**of, (rows, columns), generator=generator, dtype=torch.uint8)
+
+    shared, private = codes(shared_bits), codes(bits) if bits else None
+    scale = torch.rand(rows, scale_columns(columns, 128), generator=generator).bfloat16()
+    planes = {
+        width: plane[None].cuda() for width, plane in pack_planes(shared, shared_bits).items()
+    }
+    own = pack_planes(private, bits) if private is not None else {}
+    own = {width: plane.cuda() for width, plane in own.items()}
+    at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
+    faces = torch.tensor([[0] * 6, [0, bits, private_code.step, *at], [0] * 6], device="cuda")
+    part = FacePart(
+        rows, columns, shared_bits, 128, planes, scale[None].cuda(), faces,
+        num_planes=len(own), wide=bits == 4,
+    )  # fmt: skip
+    out = torch.full((2, rows, columns), torch.nan, device="cuda", dtype=torch.bfloat16)
+    counts = torch.tensor([1, 1, 0], dtype=torch.int32, device="cuda")
+    nested.decode_faces(part, 1, counts, out_FRC=out)
+    assert torch.equal(out[0].cpu(), decode(shared, scale, code, private, private_code).bfloat16())
+    assert out[1].isnan().all(), "nobody wants it"

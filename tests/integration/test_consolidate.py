@@ -66,9 +66,9 @@ def test_the_library_reads_every_tensor_file(merged_pack: Path, pack: Path) -> N
     assert len(load_file(merged_pack / "variants" / "math.safetensors")) == 4 * 7 + 3
     coded = load_file(pack / "experts" / "layer-000.safetensors")
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in coded.items()} == {
-        "gate_up.4": (torch.uint16, (8, 384, 24)),
+        "gate_up.4": (torch.uint8, (8, 384, 48)),
         "gate_up.scale": (torch.bfloat16, (8, 384, 3)),
-        "down.4": (torch.uint16, (8, 96, 48)),
+        "down.4": (torch.uint8, (8, 96, 96)),
         "down.scale": (torch.bfloat16, (8, 96, 6)),
     }
     private = load_file(pack / "private" / "math" / "layer-003.safetensors")
@@ -76,10 +76,10 @@ def test_the_library_reads_every_tensor_file(merged_pack: Path, pack: Path) -> N
         f"experts.{expert}.{part}.{width}": shape
         for expert in range(8)
         for part, width, shape in (
-            ("gate_up", 2, (384, 12)),
-            ("gate_up", 1, (384, 6)),
-            ("down", 2, (96, 24)),
-            ("down", 1, (96, 12)),
+            ("gate_up", 2, (384, 24)),
+            ("gate_up", 1, (384, 12)),
+            ("down", 2, (96, 48)),
+            ("down", 1, (96, 24)),
         )
     }
 

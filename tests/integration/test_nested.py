@@ -502,6 +502,14 @@ def test_a_pack_of_version_0_1_is_read(lossless_pack: Path, tmp_path: Path) -> N
     assert torch.equal(*logits)
 
 
+def test_nested_codes_of_version_0_2_are_refused(pack: Path, tmp_path: Path) -> None:
+    document = json.loads((pack / MANIFEST_NAME).read_bytes())
+    document["format_version"] = "0.2"
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(document))
+    with pytest.raises(IntegrityError, match="another order of bits; recompile"):
+        Manifest.load(tmp_path)
+
+
 # -- one clear line --------------------------------------------------------------------------------
 
 

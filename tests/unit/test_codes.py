@@ -42,7 +42,7 @@ def test_planes_give_back_the_codes(bits: int, rows: int, columns: int, seed: in
     assert {width: tuple(plane.shape) for width, plane in planes.items()} == plane_shapes(
         rows, columns, bits
     )
-    assert all(plane.dtype == torch.uint16 for plane in planes.values())
+    assert all(plane.dtype == torch.uint8 for plane in planes.values())
     assert sum(plane.nbytes for plane in planes.values()) == plane_bytes(rows, columns, bits)
     assert torch.equal(unpack_planes(planes, columns), codes.int())
     backwards = dict(reversed(planes.items()))  # the order of a mapping means nothing
@@ -57,12 +57,12 @@ def naive_planes(row: list[int], bits: int) -> dict[int, list[int]]:
         if not bits & width:
             continue
         above -= width
-        num_words = -(-len(row) * width // 16)
-        words = [0] * num_words
+        num_bytes = -(-len(row) * width // 8)
+        plane = [0] * num_bytes
         for column, code in enumerate(row):
-            field, word = divmod(column, num_words)
-            words[word] += ((code >> above) % 2**width) << (field * width)
-        planes[width] = words
+            field, byte = divmod(column, num_bytes)
+            plane[byte] += ((code >> above) % 2**width) << (field * width)
+        planes[width] = plane
     return planes
 
 
@@ -75,13 +75,13 @@ def test_every_bit_is_where_the_format_says(bits: int, numbers: list[int]) -> No
 
 
 def test_a_row_by_hand() -> None:
-    """Five codes of three bits: high bits in one word of 2-bit fields, low bits in another."""
+    """Five codes of three bits: high bits in two bytes of 2-bit fields, low bits in one."""
     planes = pack_planes(torch.tensor([[5, 0, 7, 2, 1]], dtype=torch.uint8), 3)
-    assert planes[2].tolist() == [[0b00_01_11_00_10]]
+    assert planes[2].tolist() == [[0b00_11_10, 0b01_00]]  # columns 4, 2, 0 and 3, 1
     assert planes[1].tolist() == [[0b1_0_1_0_1]]
-    # Nine of four bits take three words: field 0 of the words is columns 0, 1, 2.
-    planes = pack_planes(torch.arange(9, dtype=torch.uint8)[None], 4)
-    assert planes[4].tolist() == [[0x630, 0x741, 0x852]]
+    # Five of four bits take three bytes: field 0 of the bytes is columns 0, 1, 2.
+    planes = pack_planes(torch.arange(1, 6, dtype=torch.uint8)[None], 4)
+    assert planes[4].tolist() == [[0x41, 0x52, 0x03]]
 
 
 def test_no_bits_have_no_planes() -> None:

@@ -37,7 +37,7 @@ def measure_memory(engine: Engine) -> list[MemoryRow]:
     if engine.graphs is not None:
         buffer_bytes = engine.graphs.buffers.num_bytes
     if not isinstance(model, Decoder):
-        buffer_bytes += sum(table.nbytes for table in model.rotary)
+        buffer_bytes += model.decoded.nbytes + sum(table.nbytes for table in model.rotary)
     pools = [pool for pool in model.experts if isinstance(pool, DensePool | NestedPool)]
     rows = [
         MemoryRow(

@@ -1,9 +1,10 @@
-"""Codes of a few bits in 16-bit words, in the order a kernel can use without shuffling.
+"""Codes of a few bits in bytes, in the order a kernel can use without shuffling.
 
 A code of b bits is cut into planes of 4, 2 and 1 bits, high bits first (3 bits: a plane of 2, then
-one of 1). A plane of w bits stores a row of C codes in J = ceil(C * w / 16) words: field p of word
-j, counted from the low bits, is the code of column p * J + j. So one shift and one mask of a run of
-words give a run of neighbouring columns, and scales that cover a run cover it in one piece.
+one of 1). A plane of w bits stores a row of C codes in J = ceil(C * w / 8) bytes: field p of
+byte j, counted from the low bits, is the code of column p * J + j. So one mask turns a run of bytes
+into a run of neighbouring columns, each a byte that is a known multiple of its code, which is what
+integer matrix units take; and scales that cover a run cover it in one piece.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from torch import Tensor
 
 __all__ = ["MAX_BITS", "pack_planes", "plane_bytes", "plane_shapes", "unpack_planes"]
 
-WORD_BITS = 16
+BYTE_BITS = 8
 MAX_BITS = 7
 _WIDTHS = (4, 2, 1)
 
 
 def plane_shapes(num_rows: int, num_columns: int, bits: int) -> dict[int, tuple[int, int]]:
-    """Width of each plane -> its shape [rows, words]; empty for 0 bits."""
+    """Width of each plane -> its shape [rows, bytes]; empty for 0 bits."""
     return {
-        width: (num_rows, -(-num_columns * width // WORD_BITS)) for width in _WIDTHS if bits & width
+        width: (num_rows, -(-num_columns * width // BYTE_BITS)) for width in _WIDTHS if bits & width
     }
 
 
 def plane_bytes(num_rows: int, num_columns: int, bits: int) -> int:
     """Bytes of all planes of a matrix of codes."""
     return sum(
-        2 * rows * words for rows, words in plane_shapes(num_rows, num_columns, bits).values()
+        rows * row_bytes for rows, row_bytes in plane_shapes(num_rows, num_columns, bits).values()
     )
 
 
@@ -40,20 +41,20 @@ def pack_planes(codes_RC: Tensor, bits: int) -> dict[int, Tensor]:
         bits: 0 to 7.
 
     Returns:
-        Width -> uint16 words of `plane_shapes`; columns past the last are 0.
+        Width -> uint8 of `plane_shapes`; columns past the last are 0.
     """
     assert 0 <= bits <= MAX_BITS
     num_rows, num_columns = codes_RC.shape
     planes = {}
     above = bits
-    for width, (_, num_words) in plane_shapes(num_rows, num_columns, bits).items():
+    for width, (_, row_bytes) in plane_shapes(num_rows, num_columns, bits).items():
         above -= width
         fields = (codes_RC.int() >> above) & (2**width - 1)
-        padded = torch.zeros(num_rows, num_words * (WORD_BITS // width), dtype=torch.int32)
+        padded = torch.zeros(num_rows, row_bytes * (BYTE_BITS // width), dtype=torch.int32)
         padded[:, :num_columns] = fields
-        shifts = torch.arange(0, WORD_BITS, width, dtype=torch.int32)[:, None]
-        words = (padded.view(num_rows, -1, num_words) << shifts).sum(dim=1, dtype=torch.int32)
-        planes[width] = words.to(torch.uint16)
+        shifts = torch.arange(0, BYTE_BITS, width, dtype=torch.int32)[:, None]
+        fields = padded.view(num_rows, -1, row_bytes) << shifts
+        planes[width] = fields.sum(dim=1, dtype=torch.int32).to(torch.uint8)
     return planes
 
 
@@ -66,9 +67,9 @@ def unpack_planes(planes: dict[int, Tensor], num_columns: int) -> Tensor:
     assert planes, "0 bits have no planes to take the number of rows from"
     codes: Tensor | None = None
     for width in sorted(planes, reverse=True):
-        words = planes[width].to(torch.int32) & 0xFFFF
-        shifts = torch.arange(0, WORD_BITS, width, dtype=torch.int32, device=words.device)
-        fields = (words[:, None, :] >> shifts[:, None]) & (2**width - 1)
+        plane = planes[width].to(torch.int32)
+        shifts = torch.arange(0, BYTE_BITS, width, dtype=torch.int32, device=plane.device)
+        fields = (plane[:, None, :] >> shifts[:, None]) & (2**width - 1)
         fields = fields.flatten(1)[:, :num_columns]
         codes = fields if codes is None else (codes << width) | fields
     assert codes is not None

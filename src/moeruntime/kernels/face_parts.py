@@ -2,7 +2,7 @@
 
 Imports no Triton, which a CPU build of torch lacks: what is decided here is tested there.
 
-Legend: F faces, S slots, R rows, C columns, J words of a plane's row, G groups of columns.
+Legend: F faces, S slots, R rows, C columns, J bytes of a plane's row, G groups of columns.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode
 
-__all__ = ["GROUP", "ROWS", "WARPS", "FacePart", "is_fast"]
+__all__ = ["GROUP", "ROWS", "ByteRows", "Cut", "FacePart", "is_fast"]
 
 WARPS, ROWS = 4, 32
-"""Warps of a program of `nested_fast.cu`, and rows of weights that it takes."""
+"""Warps of a program of `nested_fast.cu`, and rows of weights that it takes at a turn."""
 
 GROUP = 128
 """Columns that have one scale, as the kernel wants it."""
 
-MAX_FACES = 32 * WARPS
-"""Faces of a layer that the kernel looks through, a thread each."""
+MAX_FACES = 128
+"""Faces of a layer that the kernel lists, a thread each."""
+
+
+MAX_TURNS = 8
+"""That a program of gate_up takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +38,12 @@ class FacePart:
     Attributes:
         num_rows, num_columns: R and C.
         shared_bits, group: of the slots' code.
-        planes: width -> int16 words [slots, rows, J]; widths that the code has none of are absent.
+        planes: width -> uint8 [slots, rows, J]; widths that the code has none of are absent.
         scale_SRG: bfloat16.
         faces_F6: int64; slot, private bits, step, and the addresses of the private planes
             [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
         num_planes: private planes that a face has at most; three bits are two.
+        wide: whether one of them has 4 bits.
     """
 
     num_rows: int
@@ -48,21 +54,61 @@ class FacePart:
     scale_SRG: Tensor
     faces_F6: Tensor
     num_planes: int
+    wide: bool
 
 
 def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
-    """Whether the kernel serves a matrix [R, C] of these faces.
-
-    Its tiles must fit, and no constant need rounding.
-    """
+    """Whether `nested_fast` serves a matrix [R, C] of these faces: its tiles must fit."""
     num_rows, num_columns = shape
-    if code != NestedCode(4, GROUP) or num_columns % 2048 or num_rows % (2 * ROWS):
-        return False
-    return len(private) <= MAX_FACES and all(_constant(one) < 1024 for one in private)
+    fits = num_columns % (8 * GROUP) == 0 and num_rows % (ROWS * MAX_TURNS) == 0
+    return fits and code == NestedCode(4, GROUP) and len(private) <= MAX_FACES
 
 
-def _constant(code: PrivateCode) -> float:
-    """What is subtracted from a level; float16 has halves below 1024."""
-    high = 2 * code.step if code.bits == 3 else code.step
-    magic = 64.0 * (high + (code.step if code.bits == 3 else 0))
-    return 512 + 60 + magic + code.step * ((1 << code.bits) - 1) / 2
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How `nested_fast.cu` cuts a step.
+
+    Attributes:
+        tiles: of four tokens, that a program has at most.
+        turns: that a program of gate_up takes, one run of rows after another.
+    """
+
+    tiles: int
+    turns: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a program, at most."""
+        return 4 * self.tiles
+
+    @classmethod
+    def of(cls, num_pairs: int, num_faces: int) -> Cut:
+        """What was measured to be best on an H200 at the sizes of Mixtral-8x7B."""
+        a_face = num_pairs / num_faces
+        tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
+        turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
+        return cls(tiles, turns)
+
+
+class ByteRows:
+    """What `nested_fast` makes of activations before it multiplies them, and its list of work.
+
+    Attributes:
+        values: int8; rows of columns, first each value's upper byte, then its lower one.
+        groups: float32; for each group of a row what one of its integers counts, and their sum.
+        units: int32; what a program has to know of every unit.
+    """
+
+    def __init__(
+        self, num_tokens: int, top_k: int, hidden: int, inner: int, device: torch.device
+    ) -> None:
+        """Allocate enough for the inputs of gate_up and of down, one after the other."""
+        columns = max(num_tokens * hidden, num_tokens * top_k * inner)
+        most_units = num_tokens * top_k
+        self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
+        self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
+        self.units = torch.empty(12 * most_units, dtype=torch.int32, device=device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.values, self.groups, self.units

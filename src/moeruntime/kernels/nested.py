@@ -1,9 +1,10 @@
-"""Triton kernels for the experts of a step: nested codes of any kind, decoded inside the product.
+"""Triton kernels for nested codes of any kind: decoded inside the product, or a few faces at once.
 
-Codes are never expanded in memory. Each weight's bits are gathered one by one, which serves any
-code and any shape, and is slow: the codes and shapes of real models have `nested_fast`.
+`gate_up` and `down` gather each weight's bits one by one, which serves any code and any shape,
+and is slow: the codes and shapes of real models have `nested_fast`. For many tokens, decoding faces
+into memory first (`decode_faces`) costs little beside the products that follow.
 
-Legend: M rows of a program, N tokens of a tile, C columns, J words of a plane's row, F faces.
+Legend: M rows of a program, N tokens of a tile, C columns, J bytes of a plane's row, F faces.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from moeruntime.kernels.face_parts import FacePart
 from moeruntime.kernels.norms import find_tile
 from moeruntime.kernels.shapes import Shape
 
-__all__ = ["down", "gate_up"]
+__all__ = ["can_decode", "decode_faces", "down", "gate_up"]
 
 
 @triton.jit
-def _gather(words, columns, inside, C: tl.constexpr, WIDTH: tl.constexpr):
-    """Fields of one plane at `columns`; `words` points at each row's first word."""
-    J: tl.constexpr = (C * WIDTH + 15) // 16
-    word = tl.load(words + columns % J, inside, other=0).to(tl.int32) & 0xFFFF
-    return (word >> (columns // J * WIDTH)) & (2**WIDTH - 1)
+def _gather(plane, columns, inside, C: tl.constexpr, WIDTH: tl.constexpr):
+    """Fields of one plane at `columns`; `plane` points at each row's first byte."""
+    J: tl.constexpr = (C * WIDTH + 7) // 8
+    byte = tl.load(plane + columns % J, inside, other=0).to(tl.int32)
+    return (byte >> (columns // J * WIDTH)) & (2**WIDTH - 1)
 
 
 @triton.jit
@@ -36,14 +37,14 @@ def _product(
     STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows [M] of one face's matrix times the tokens [N] whose columns begin at `x`."""
-    J4: tl.constexpr = (C * 4 + 15) // 16
-    J2: tl.constexpr = (C * 2 + 15) // 16
-    J1: tl.constexpr = (C + 15) // 16
+    J4: tl.constexpr = (C * 4 + 7) // 8
+    J2: tl.constexpr = (C * 2 + 7) // 8
+    J1: tl.constexpr = (C + 7) // 8
     bits, step = tl.load(face + 1), tl.load(face + 2)
     own = own[:, None]
-    own4 = tl.load(face + 3).to(tl.pointer_type(tl.int16)) + own * J4
-    own2 = tl.load(face + 4).to(tl.pointer_type(tl.int16)) + own * J2
-    own1 = tl.load(face + 5).to(tl.pointer_type(tl.int16)) + own * J1
+    own4 = tl.load(face + 3).to(tl.pointer_type(tl.uint8)) + own * J4
+    own2 = tl.load(face + 4).to(tl.pointer_type(tl.uint8)) + own * J2
+    own1 = tl.load(face + 5).to(tl.pointer_type(tl.uint8)) + own * J1
     scales += rows[:, None] * ((C + GROUP - 1) // GROUP)
     rows = rows[:, None]
     centre = (2**SHARED - 1) * 2 ** (7 - SHARED) * 0.5
@@ -133,6 +134,84 @@ def _nested_down_kernel(
     sums *= tl.load(weights_TK + pair, pairs_in, other=0.0)[None, :]
     target = out + pair[None, :] * H + row[:, None]
     tl.store(target, sums, (row < H)[:, None] & pairs_in[None, :])
+
+
+@triton.jit
+def _field(plane, at, J: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    """The fields of STEP columns from `at` on, which lie in a run of bytes."""
+    byte = tl.load(plane + at % J + tl.arange(0, STEP)[None, :]).to(tl.int32)
+    return (byte >> (at // J * WIDTH)) & (2**WIDTH - 1)
+
+
+@triton.jit
+def _decode_kernel(
+    plane4, plane2, plane1, scales, faces, counts, out, first_face,
+    R: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    number = first_face + tl.program_id(2)
+    if tl.load(counts + number) == 0:
+        return
+    J: tl.constexpr = C // 8
+    face = faces + number * 6
+    slot, bits, step = tl.load(face), tl.load(face + 1), tl.load(face + 2)
+    own = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = own < R
+    own = tl.where(inside, own, 0).to(tl.int64)
+    row = slot * R + own
+    at = tl.program_id(0) * STEP
+    shared = tl.zeros((ROWS, STEP), tl.int32)
+    if SHARED & 4:
+        shared = _field(plane4 + row * (4 * J), at, 4 * J, 4, STEP)
+    if SHARED & 2:
+        shared = (shared << 2) | _field(plane2 + row * (2 * J), at, 2 * J, 2, STEP)
+    if SHARED & 1:
+        shared = (shared << 1) | _field(plane1 + row * J, at, J, 1, STEP)
+    level = shared << (7 - SHARED)
+    refined = tl.zeros((ROWS, STEP), tl.int32)
+    if (bits & 4) != 0:
+        own4 = tl.load(face + 3).to(tl.pointer_type(tl.uint8))
+        refined = _field(own4 + own * (4 * J), at, 4 * J, 4, STEP)
+    if (bits & 2) != 0:
+        own2 = tl.load(face + 4).to(tl.pointer_type(tl.uint8))
+        refined = (refined << 2) | _field(own2 + own * (2 * J), at, 2 * J, 2, STEP)
+    if (bits & 1) != 0:
+        own1 = tl.load(face + 5).to(tl.pointer_type(tl.uint8))
+        refined = (refined << 1) | _field(own1 + own * J, at, J, 1, STEP)
+    level += refined * step.to(tl.int32)
+    centre = (2**SHARED - 1) * 2 ** (7 - SHARED) * 0.5
+    centre += step.to(tl.float32) * ((tl.full((), 1, tl.int32) << bits.to(tl.int32)) - 1) * 0.5
+    column = at + tl.arange(0, STEP)[None, :]
+    groups: tl.constexpr = (C + GROUP - 1) // GROUP
+    scale = tl.load(scales + row * groups + column // GROUP).to(tl.float32)
+    weights = ((level.to(tl.float32) - centre) * scale).to(out.dtype.element_ty)
+    to = out + (tl.program_id(2).to(tl.int64) * R + own) * C + column
+    tl.store(to, weights, inside & (column < C))
+
+
+def can_decode(part: FacePart) -> bool:
+    """Whether `decode_faces` serves this part: planes must keep one pace."""
+    return part.num_columns % 128 == 0
+
+
+def decode_faces(part: FacePart, first: int, counts_F: Tensor, *, out_FRC: Tensor) -> None:
+    """Decode some faces' weights.
+
+    Args:
+        part: codes.
+        first: the first face; the others follow it.
+        counts_F: tokens of every face of the layer; what nobody wants is left undecoded.
+        out_FRC: as many faces as are to be decoded.
+    """
+    num_faces, num_rows, num_columns = out_FRC.shape
+    run = num_columns // 8
+    step = min(512, run & -run)  # columns of one field
+    rows = max(1, 4096 // step)
+    _decode_kernel[(num_columns // step, triton.cdiv(num_rows, rows), num_faces)](
+        *_codes(part), counts_F, out_FRC, first,
+        R=num_rows, C=num_columns, SHARED=part.shared_bits, GROUP=part.group,
+        ROWS=rows, STEP=step, num_warps=4,
+    )  # fmt: skip
 
 
 def _codes(part: FacePart) -> tuple[Tensor, ...]:

@@ -1,27 +1,31 @@
-// The experts of a step over nested codes, decoded in registers on their way into the tensor cores.
+// The experts of a step over nested codes, on the integer matrix units, hardly unpacking them.
 //
-// A block takes 32 rows of one face: of gate_up 16 neurons' gate and up rows, of down 32 rows; and up
-// to 8 * TILES tokens. Its four warps take a quarter of the columns each, and add their sums up at the
-// end. Blocks of one slot's faces run side by side, so that what they share comes from the L2 cache.
-// (Unpacking it once for several faces was tried: fewer instructions, but fewer warps to hide their
-// latency, and no faster. So was giving each warp rows of its own.)
+// A weight is u (8 H + a L - m): H and L are the shared and the private code, u is one scale for 128
+// columns of a row, a and m are constants of a face. So a product with a token x is
 //
-// Columns go by the pace of the 1-bit plane: with J = columns / 16, field 4 n + q of a word at j is
-// column (4 n + q) J + j, whose shared nibble is nibble n of word q J + j. A lane's 16 bytes are
-// eight neighbouring columns of a row; which of them is which k of a matrix product does not matter
-// as long as weights and tokens agree, so nothing is ever shuffled.
+//     sum over groups of u (sum (8 H + a L) x - m sum x)
 //
-// A field moved to bit 4 and put under the exponent of 1024.0 in float16 reads 1024 + 16 field. One
-// multiply-add for the shared field and one for each private one turn that into q - m, exactly:
-// `is_fast` in face_parts.py admits only codes whose constants need no rounding.
+// and the matrix units add up integers, if x is made of integers too. `halves` splits a run of 128
+// values into integers of 15 bits and one scale, and these into two signed bytes; both halves of four
+// tokens are the eight columns of a matrix instruction. Every sum is exact.
 //
-// Each lane copies the words it will need into shared memory some steps ahead, in slots that only it
-// reads: a ring that costs neither registers nor barriers.
+// With J = columns / 8, byte j of run q < 4 of a 4-bit plane holds columns q J + j and (q + 4) J + j, its
+// field 0 and 1. A 2-bit plane has two runs, a 1-bit plane one: the fields that belong to those two are
+// 4 bits apart as well. A byte with all else masked out is a code times a power of two. For few tokens
+// that is all the unpacking there is: shared and private codes are multiplied by themselves, and the
+// powers leave with the scale. For more tokens products are dearer than putting 8 H + a L together,
+// four weights at a time, which never carries into the next byte.
 //
-// Compiled with TILES, PLANES (private planes a face has at most: three bits are two) and GATE_UP
-// defined, once for each combination that is used. Faces with fewer planes than that go the same
-// way, with nothing behind it: a branch would cost more.
+// A block takes 32 rows of one face (of gate_up 16 neurons' gate and up rows) and up to TOKENS of its
+// tokens, then the same tokens with the next 32 rows, `turns` times. Each of its four warps takes one
+// run of the shared codes. What comes next is copied into shared memory in the meantime. Tried and no
+// faster: faces of one slot together in a block; 64 rows; more warps with fewer registers.
+//
+// Compiled with GATE_UP, TILES (of four tokens), PLANES (private planes that a face has at most: three
+// bits are two) and WIDE (somebody has a private plane of 4 bits).
 
+typedef signed char i8;
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
@@ -30,257 +34,311 @@ struct Face {
     i64 slot, bits, step, at4, at2, at1;
 };
 
-constexpr int WARPS = 4, ROWS = 32, TOKENS = 8 * TILES, STAGES = 3;
-constexpr int ITEMS = 4 + 4 * PLANES; // 16 bytes of a lane: shared words of four rows, private ones
+struct Unit { // tokens of one face
+    i64 at4, at2, at1;
+    int slot, bits, step;
+    int first, tokens; // in `pairs`, and how many from there on: 0 where there is no work
+    int unused;
+};
 
-__device__ __forceinline__ void copy_ahead(uint4 *to, const u16 *from) {
-    const u32 address = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from));
+constexpr int GROUP = 128, MOST_FACES = 128;
+
+// The first blocks split x into halves [rows, 2, columns] and, for each group of columns, what one of
+// its integers counts and their sum. The last block lists the units, `tokens` of a face each.
+extern "C" __global__ void __launch_bounds__(MOST_FACES)
+    halves(const float *__restrict__ x, i8 *__restrict__ out, float2 *__restrict__ groups, int num_groups,
+           int groups_a_row, const Face *__restrict__ faces, const int *__restrict__ counts, int num_faces,
+           Unit *__restrict__ units, int num_units, int tokens, int capacity) {
+    const int thread = threadIdx.x, lane = thread & 31;
+    if (blockIdx.x + 1 < gridDim.x) {
+        const int group = blockIdx.x * (MOST_FACES / 32) + (thread >> 5);
+        if (group >= num_groups) return;
+        const float4 v = ((const float4 *)(x + (i64)group * GROUP))[lane];
+        float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+        for (int far = 16; far; far >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
+        const float limit = 127.f * 128.f, times = most > 0.f ? limit / most : 0.f;
+        const float values[4] = {v.x, v.y, v.z, v.w};
+        u32 high = 0, low = 0;
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int whole = __float2int_rn(values[i] * times), upper = (whole + 64) >> 7;
+            high |= (u32)(upper & 0xFF) << 8 * i;
+            low |= (u32)((whole - 128 * upper) & 0xFF) << 8 * i;
+            sum += whole;
+        }
+#pragma unroll
+        for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
+        const int row = group / groups_a_row, at = group % groups_a_row;
+        u32 *const to = (u32 *)(out + (2 * row * (i64)groups_a_row + at) * GROUP);
+        to[lane] = high;
+        to[groups_a_row * (GROUP / 4) + lane] = low;
+        const float one = most / limit;
+        if (lane == 0) groups[group] = make_float2(one, one * (float)sum);
+        return;
+    }
+    __shared__ int num_of[MOST_FACES];
+    for (int i = thread; i < num_units; i += MOST_FACES) units[i].tokens = 0;
+    const Face face = thread < num_faces ? faces[thread] : Face{};
+    const int count = thread < num_faces ? counts[thread] : 0;
+    num_of[thread] = (count + tokens - 1) / tokens;
+    __syncthreads();
+    int at = 0;
+    for (int other = 0; other < thread; other++) at += num_of[other];
+    for (int first = 0; first < count && at < num_units; first += tokens, at++)
+        units[at] = {face.at4,       face.at2,       face.at1, (int)face.slot,
+                     (int)face.bits, (int)face.step, thread * capacity + first, min(tokens, count - first)};
 }
 
-// (word & mask) | 1024.0 twice
-__device__ __forceinline__ u32 in_mantissa(u32 word, u32 mask) {
-    u32 r;
-    asm("lop3.b32 %0, %1, %2, 0x64006400, 0xEA;" : "=r"(r) : "r"(word), "r"(mask));
-    return r;
+#ifdef TILES
+
+constexpr int ROWS = 32, WARPS = 4, TOKENS = 4 * TILES, STAGES = 2;
+constexpr bool JOINED = TILES > 1;                 // 8 H + a L is put together
+constexpr int SUMS = JOINED ? 1 : 1 + PLANES;
+constexpr int RUN = ROWS * GROUP;                  // bytes of a run of codes in a stage
+constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 4 : 2; // runs of the first private plane
+constexpr int STAGE = RUN * (4 + OWN + (PLANES == 2));
+constexpr int WARPS_AT_ONCE = TILES == 1 ? 16 : TILES == 2 ? 12 : 8; // on a multiprocessor
+
+__device__ __forceinline__ void copy_ahead(u32 to, const u8 *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
 
-__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
-    u32 r;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-    return r;
-}
-
-__device__ __forceinline__ u32 half2_of(float value) {
-    u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(value));
-    return r;
-}
-
-// The nibble n of both halves, at bit 4.
-template <int n> __device__ __forceinline__ u32 nibble(u32 word) {
-    if (n == 0) word <<= 4;
-    if (n > 1) word >>= 4 * n - 4;
-    return in_mantissa(word, 0x00F000F0u);
-}
-
-__device__ __forceinline__ void product(float (&c)[4], const u32 *a, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 part(const uint4 &v, int k) {
-    return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w;
-}
-
-// How a face refines its slot, as the loops need it.
-struct Private {
-    const u16 *own, *own1; // the plane it is refined with, from this lane's first row on; the 1-bit one
-    u32 times, times1, mask, plus;
-    int stride;            // words of a row of `own`
-    int runs;              // which bits of q choose the run of words
-    int shift;             // which bits of q are part of the field's place
-    int bits;
-
-    __device__ Private(const Face &face, int num_columns, int row, int column) {
-        const float step = (float)face.step;
-        bits = (int)face.bits;
-        stride = bits == 4 ? num_columns / 4 : bits == 1 ? num_columns / 16 : num_columns / 8;
-        own = (const u16 *)(bits == 4 ? face.at4 : bits == 1 ? face.at1 : face.at2) + (i64)row * stride + column;
-        own1 = (const u16 *)face.at1 + (i64)row * (num_columns / 16) + column;
-        runs = bits == 4 ? 3 : bits == 1 ? 0 : 1;
-        shift = bits == 4 ? 0 : bits == 1 ? 3 : 2;
-        mask = bits == 4 ? 0x00F000F0u : bits == 1 ? 0x00100010u : 0x00300030u;
-        const float high = bits == 3 ? 2.f * step : step; // what the wider private plane counts for
-        times = half2_of(high / 16.f);                    // 0 without private bits
-        times1 = half2_of(bits == 3 ? step / 16.f : 0.f);
-        float centre = 512.f + 60.f + step * (float)((1 << bits) - 1) * 0.5f;
-        if (bits) centre += 64.f * high;
-        if (bits == 3) centre += 64.f * step;
-        plus = half2_of(-centre);
+struct Words { // of a plane, 16 bytes of row g and of row g + 8, as two products want them
+    uint4 top, bottom;
+    __device__ __forceinline__ u32 operator[](int i) const {
+        const uint4 &v = i & 1 ? bottom : top;
+        return i < 2 ? v.x : i < 4 ? v.y : i < 6 ? v.z : v.w;
     }
 };
 
-// Field 4 n + q of the words at hand, times the tokens' columns that belong to it.
-template <int n>
-__device__ __forceinline__ void field(float (&sums)[TILES][2][4], const Private &code, const uint4 (&shared)[4],
-                                      const uint4 (*ring)[32], const uint4 (&x)[TILES], const u16 *scale, int q,
-                                      int tokens) {
-    const int lane = threadIdx.x & 31;
-    const int turn = (4 * n - 4 + (q & code.shift)) & 31, turn1 = (4 * n - 4 + q) & 31;
-    u32 a[2][2][4]; // row tile, step of 16 columns
-    float u[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u[i] = __uint_as_float((u32)scale[(lane >> 2) + 8 * i] << 16);
-        uint4 own, own1;
-        if (PLANES > 0) own = ring[4 + i][lane];
-        if (PLANES > 1) own1 = ring[8 + i][lane];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            u32 q_m = fma2(nibble<n>(part(shared[i], k)), 0x38003800u, code.plus); // times 1/2
-            if (PLANES > 0) {
-                const u32 w = part(own, k);
-                q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn), code.mask), code.times, q_m);
-            }
-            if (PLANES > 1) {
-                const u32 w = part(own1, k);
-                q_m = fma2(in_mantissa(__funnelshift_r(w, w, turn1), 0x00100010u), code.times1, q_m);
-            }
-            a[i >> 1][k >> 1][(i & 1) + 2 * (k & 1)] = q_m;
-        }
-    }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        if (TILES > 1 && 8 * tile >= tokens) continue;
-        // Columns of the product past the last token are whatever they are: nobody reads them.
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            float c[4] = {0.f, 0.f, 0.f, 0.f};
-            product(c, a[m][0], x[tile].x, x[tile].y);
-            product(c, a[m][1], x[tile].z, x[tile].w);
-            sums[tile][m][0] += c[0] * u[2 * m];
-            sums[tile][m][1] += c[1] * u[2 * m];
-            sums[tile][m][2] += c[2] * u[2 * m + 1];
-            sums[tile][m][3] += c[3] * u[2 * m + 1];
-        }
-    }
+// Rows of a run are 128 bytes apart, which is all banks: every other one has its halves exchanged.
+__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ (row & 1) << 2); }
+
+__device__ __forceinline__ Words words_at(const u8 *run, int row, int chunk) {
+    return {*(const uint4 *)(run + place_of(row, chunk)), *(const uint4 *)(run + place_of(row + 8, chunk))};
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, TILES <= 2 ? 4 : 2)
-    nested(const u16 *__restrict__ x, const u16 *__restrict__ plane, const u16 *__restrict__ scales,
-           const Face *__restrict__ faces, const int *__restrict__ counts, const int *__restrict__ pairs,
-           const float *__restrict__ weights, void *__restrict__ out, int num_faces, int capacity, int num_rows,
-           int num_columns, int top_k) {
-    extern __shared__ __align__(16) float memory[];
-    __shared__ int tiles_of[32 * WARPS];
-    const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+// c = d + rows [16, 32] times tokens [32, 8]; which columns are which of the 32 is the same for both.
+__device__ __forceinline__ void product(int (&c)[4], int d0, int d1, int d2, int d3, const u32 *a, u32 x0, u32 x1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1), "r"(d0), "r"(d1), "r"(d2), "r"(d3));
+}
+
+__device__ __forceinline__ float half_to_the(int power) { return __uint_as_float((u32)(127 - power) << 23); }
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
+    nested(const i8 *__restrict__ x, const float2 *__restrict__ groups, const u8 *__restrict__ plane,
+           const u16 *__restrict__ scales, const int *__restrict__ pairs, const Unit *__restrict__ units,
+           const float *__restrict__ weights, float *__restrict__ out, int num_rows, int num_columns, int top_k,
+           int turns) {
+    extern __shared__ __align__(128) u8 memory[];
+    const int thread = threadIdx.x, q = thread >> 5, lane = thread & 31; // each warp has its run
     const int g = lane >> 2, t = lane & 3;
+    const Unit unit = units[blockIdx.x];
+    if (unit.tokens == 0) return;
+    const int tokens = unit.tokens, bits = unit.bits;
+    pairs += unit.first;
 
-    // Which face, and which tile of its tokens.
-    if (thread < num_faces) tiles_of[thread] = (counts[thread] + TOKENS - 1) / TOKENS;
-    __syncthreads();
-    int number = 0, first_token = blockIdx.x;
-    while (number < num_faces && first_token >= tiles_of[number]) first_token -= tiles_of[number++];
-    if (number == num_faces) return;
-    first_token *= TOKENS;
-    const int tokens = min(counts[number] - first_token, TOKENS);
-    pairs += (i64)number * capacity + first_token;
+    // A turn's rows are two runs of 16, `apart` from each other.
+    const int apart = GATE_UP ? num_rows / 2 : ROWS / 2, next = GATE_UP ? ROWS / 2 : ROWS;
+    const int first = blockIdx.y * turns * next;
+    auto row_of = [&](int row) { return first + row / (ROWS / 2) * apart + row % (ROWS / 2); };
+    const int J = num_columns / 8, num_groups = num_columns / GROUP, steps = J / GROUP;
 
-    // The block's rows are two runs of 16, `half` apart; this lane's are two of each.
-    const int half = GATE_UP ? num_rows / 2 : ROWS / 2;
-    const int first = blockIdx.y * (GATE_UP ? ROWS / 2 : ROWS), row = first + g;
-    const int apart[4] = {0, 8, half, half + 8};
-    const int J = num_columns / 16, num_scales = num_columns / 128;
-    const i64 slot_row = faces[number].slot * num_rows;
-    const Private code(faces[number], num_columns, row, 8 * t);
-    plane += (slot_row + row) * (num_columns / 4) + 8 * t;
+    // Shared memory: stages of codes; scales of this turn and the next, rows 16 bytes longer than they need
+    // to be, so that eight of them are in different banks; the warps' sums, in place of codes in a single turn.
+    const u32 ring_at = (u32)__cvta_generic_to_shared(memory);
+    const int scale_stride = 2 * num_groups + 16;
+    u8 *const scales_of = memory + STAGES * STAGE;
+    auto found =
+        reinterpret_cast<float(*)[ROWS][TOKENS + 1]>(turns == 1 ? memory : scales_of + 2 * ROWS * scale_stride);
 
-    // Runs of 32 words, divided among the warps; four steps to each.
-    const int begin = warp * (J / WARPS), steps = J / WARPS / 8;
-    u16(*scale)[ROWS] = reinterpret_cast<u16(*)[ROWS]>(memory);
-    float *const rest = memory + ROWS * num_scales / 2;
-    uint4(*ring)[32] = reinterpret_cast<uint4(*)[32]>(rest) + warp * STAGES * ITEMS; // [STAGES][ITEMS][32]
-    auto copy_step = [&](int step) {
-        if (step < steps) {
-            uint4(*stage)[32] = ring + step % STAGES * ITEMS;
-            const int j = begin + step / 4 * 32, q = step % 4;
+    // A thread copies 16 bytes of row `thread / 8` of a run, and of the row 16 further down.
+    const int chunk = thread & 7;
+    const i64 row = row_of(thread >> 3), slot_row = (i64)unit.slot * num_rows;
+    const int own_stride = (bits == 4 ? 4 : bits == 1 ? 1 : 2) * J, own_runs = bits == 4 ? 4 : bits == 1 ? 1 : 2;
+    const u8 *shared_at = plane + (slot_row + row) * (4 * J) + 16 * chunk;
+    const u8 *own_at =
+        (const u8 *)(bits == 4 ? unit.at4 : bits == 1 ? unit.at1 : unit.at2) + row * own_stride + 16 * chunk;
+    const u8 *own1_at = (const u8 *)unit.at1 + row * J + 16 * chunk;
+    const u32 to = ring_at + place_of(thread >> 3, chunk);
+    int copies = 0, copied = 0; // stages so far, and of this turn
+    auto copy_stage = [&] {
+        if (copies < turns * steps) {
+            const int j = copied * GROUP;
+            if (copied == 0) {
+                const int turn = copies / steps;
+                for (int i = thread; i < ROWS * num_groups / 8; i += 32 * WARPS) { // 8 scales of a row
+                    const int r = i / (num_groups / 8), group = i % (num_groups / 8) * 8;
+                    copy_ahead(ring_at + STAGES * STAGE + ((turn & 1) * ROWS + r) * scale_stride + 2 * group,
+                               (const u8 *)(scales + (slot_row + row_of(r) + turn * next) * num_groups + group));
+                }
+            }
+            const u32 stage = to + (copies & 1) * STAGE;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                copy_ahead(&stage[i][lane], plane + (i64)apart[i] * (num_columns / 4) + q * J + j);
-                if (PLANES > 0 && code.bits)
-                    copy_ahead(&stage[4 + i][lane], code.own + (i64)apart[i] * code.stride + (q & code.runs) * J + j);
-                if (PLANES > 1 && code.bits == 3)
-                    copy_ahead(&stage[8 + i][lane], code.own1 + (i64)apart[i] * J + j);
+            for (int half = 0; half < 2; half++) {
+                const u32 below = stage + half * RUN / 2;
+#pragma unroll
+                for (int run = 0; run < 4; run++)
+                    copy_ahead(below + run * RUN, shared_at + (u32)(half * apart * 4 * J + run * J + j));
+                if (PLANES > 0 && bits) {
+#pragma unroll
+                    for (int run = 0; run < OWN; run++)
+                        if (run < own_runs)
+                            copy_ahead(below + (4 + run) * RUN, own_at + (u32)(half * apart * own_stride + run * J + j));
+                }
+                if (PLANES > 1 && bits == 3)
+                    copy_ahead(below + (4 + OWN) * RUN, own1_at + (u32)(half * apart * J + j));
+            }
+            copies++;
+            if (++copied == steps) {
+                copied = 0;
+                shared_at += next * 4 * J, own_at += next * own_stride, own1_at += next * J;
             }
         }
         asm volatile("cp.async.commit_group;");
     };
-#pragma unroll
-    for (int step = 0; step < STAGES - 1; step++) copy_step(step);
+    copy_stage();
 
-    // Scales, turned so that a lane's neighbours read neighbours.
-    {
-        const int r = thread >> 2;
-        const u16 *const from = scales + (slot_row + first + (r >> 4) * half + (r & 15)) * num_scales;
-        for (int s = 2 * t; s < num_scales; s += 8) {
-            const u32 two = *(const u32 *)(from + s);
-            scale[s][r] = two & 0xFFFF;
-            scale[s + 1][r] = two >> 16;
-        }
-    }
-    const u16 *token_x[TILES]; // this lane's tokens, at its columns
+    // Column g of a matrix instruction is a half of token g / 2; what comes out is of token t.
+    const i8 *token_x[TILES];
+    const float2 *token_groups[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        const int pair = pairs[8 * tile + g < tokens ? 8 * tile + g : 0];
-        token_x[tile] = x + (i64)(GATE_UP ? pair / top_k : pair) * num_columns + 8 * t;
+        const int in = 4 * tile + (g >> 1), of = 4 * tile + t;
+        const int pair = pairs[in < tokens ? in : 0], pair_of = pairs[of < tokens ? of : 0];
+        token_x[tile] = x + ((i64)(GATE_UP ? pair / top_k : pair) * 2 + (g & 1)) * num_columns + q * J + 16 * t;
+        token_groups[tile] = groups + ((i64)(GATE_UP ? pair_of / top_k : pair_of) * num_columns + q * J) / GROUP;
     }
-    auto fetch = [&](uint4(&to)[TILES], int column) {
+    const u32 step = bits == 0 ? 0 : bits == 3 ? 2 * unit.step : unit.step, step1 = bits == 3 ? unit.step : 0;
+    const float middle = 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
+    const u32 own_mask = bits == 4 ? 0x0F0F0F0Fu : bits == 1 ? 0x01010101u : 0x03030303u;
+    const int own_shift = bits == 4 ? 0 : bits == 1 ? q : (q >> 1) * 2;
+    const int own_run = bits == 4 ? q : bits == 1 ? 0 : q & 1;
+    const u32 masks[3] = {0x0F0F0F0Fu, own_mask << own_shift, 0x01010101u << q};
+    const float times[3] = {8.f, (float)step * half_to_the(own_shift), (float)step1 * half_to_the(q)};
+
+    uint4 tokens_of[2][TILES][2]; // 128 columns of field 0 and of field 1
+    float2 groups_of[2][TILES];
+    auto fetch_tokens = [&](int field, int at) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            const i8 *const from = token_x[tile] + 4 * field * J + at * GROUP;
+            tokens_of[field][tile][0] = __ldg((const uint4 *)from);
+            tokens_of[field][tile][1] = __ldg((const uint4 *)(from + GROUP / 2));
+        }
+    };
+    auto fetch_groups = [&](int field, int at) {
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
-            if (TILES == 1 || 8 * tile < tokens)
-                to[tile] = __ldg(reinterpret_cast<const uint4 *>(token_x[tile] + column));
+            groups_of[field][tile] = __ldg(token_groups[tile] + 4 * field * steps + at);
     };
-    float sums[TILES][2][4];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int e = 0; e < 8; e++) sums[tile][e >> 2][e & 3] = 0.f;
-    __syncthreads();
+    for (int field = 0; field < 2; field++) fetch_tokens(field, 0), fetch_groups(field, 0);
 
-    uint4 now[TILES], next[TILES]; // tokens of one field, and of the one after it
-    fetch(now, begin);
 #pragma unroll 1
-    for (int step = 0; step < steps; step++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-        copy_step(step + STAGES - 1);
-        const uint4(*stage)[32] = ring + step % STAGES * ITEMS;
-        const int q = step % 4, column = q * J + begin + step / 4 * 32;
-        const int after = min(step + 1, steps - 1);
-        uint4 shared[4];
+    for (int turn = 0; turn < turns; turn++) {
+        float sums[2][TILES][2]; // of 16 rows, of tokens, row g and g + 8
 #pragma unroll
-        for (int i = 0; i < 4; i++) shared[i] = stage[i][lane];
-        fetch(next, column + 4 * J);
-        field<0>(sums, code, shared, stage, now, scale[column >> 7], q, tokens);
-        fetch(now, column + 8 * J);
-        field<1>(sums, code, shared, stage, next, scale[(column + 4 * J) >> 7], q, tokens);
-        fetch(next, column + 12 * J);
-        field<2>(sums, code, shared, stage, now, scale[(column + 8 * J) >> 7], q, tokens);
-        fetch(now, after % 4 * J + begin + after / 4 * 32);
-        field<3>(sums, code, shared, stage, next, scale[(column + 12 * J) >> 7], q, tokens);
-    }
+        for (int i = 0; i < 4 * TILES; i++) (&sums[0][0][0])[i] = 0.f;
+#pragma unroll 1
+        for (int at = 0; at < steps; at++) {
+            asm volatile("cp.async.wait_group 0;" ::: "memory");
+            __syncthreads(); // what was copied is there, and nobody reads what is overwritten next
+            const u8 *const stage = memory + ((turn * steps + at) & 1) * STAGE;
+            copy_stage();
+            const int at_next = at + 1 < steps ? at + 1 : 0;
+            const u8 *const runs[3] = {stage + q * RUN, stage + (4 + own_run) * RUN, stage + (4 + OWN) * RUN};
+#pragma unroll
+            for (int field = 0; field < 2; field++) {
+                int c[SUMS][2][TILES][4];
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        Words words[1 + PLANES];
+#pragma unroll
+                        for (int p = 0; p < 1 + PLANES; p++) words[p] = words_at(runs[p], 16 * m + g, 4 * half + t);
+#pragma unroll
+                        for (int sum = 0; sum < SUMS; sum++) {
+                            u32 a[8];
+#pragma unroll
+                            for (int i = 0; i < 8; i++) {
+                                if (JOINED) {
+                                    a[i] = (field ? words[0][i] >> 1 : words[0][i] << 3) & 0x78787878u;
+                                    if (PLANES > 0)
+                                        a[i] += (words[PLANES > 0][i] >> own_shift + 4 * field & own_mask) * step;
+                                    if (PLANES > 1) a[i] += (words[PLANES][i] >> q + 4 * field & 0x01010101u) * step1;
+                                } else {
+                                    a[i] = words[sum][i] & masks[sum] << 4 * field;
+                                }
+                            }
+#pragma unroll
+                            for (int tile = 0; tile < TILES; tile++) {
+                                const uint4 v = tokens_of[field][tile][half];
+                                int(&to)[4] = c[sum][m][tile];
+                                if (half == 0)
+                                    product(to, 0, 0, 0, 0, a, v.x, v.y);
+                                else
+                                    product(to, to[0], to[1], to[2], to[3], a, v.x, v.y);
+                                product(to, to[0], to[1], to[2], to[3], a + 4, v.z, v.w);
+                            }
+                        }
+                    }
+                fetch_tokens(field, at_next);
+                const int group = (q + 4 * field) * steps + at;
+                const u8 *const scale = scales_of + ((turn & 1) * ROWS + g) * scale_stride + 2 * group;
+#pragma unroll
+                for (int i = 0; i < 4; i++) { // row g + 8 i
+                    const float u = __uint_as_float((u32) * (const u16 *)(scale + 8 * i * scale_stride) << 16);
+#pragma unroll
+                    for (int tile = 0; tile < TILES; tile++) {
+                        float total = 0.f;
+#pragma unroll
+                        for (int sum = 0; sum < SUMS; sum++) {
+                            const int *const halves = c[sum][i >> 1][tile] + 2 * (i & 1);
+                            total += (float)(128 * halves[0] + halves[1]) * (JOINED ? 1.f : times[sum]);
+                        }
+                        const float2 of = groups_of[field][tile];
+                        const float one = field && !JOINED ? of.x * 0.0625f : of.x;
+                        sums[i >> 1][tile][i & 1] += u * (total * one - of.y * middle);
+                    }
+                }
+                fetch_groups(field, at_next);
+            }
+        }
 
-    // Add the warps' quarters up through shared memory.
-    __syncthreads();
-    auto quarter = reinterpret_cast<float(*)[ROWS][TOKENS + 1]>(rest); // [WARPS]
+        // Add the warps up through shared memory. Its readers pass a barrier before it is written again.
+        if (turns == 1) __syncthreads();
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+        for (int m = 0; m < 2; m++)
 #pragma unroll
-        for (int e = 0; e < 8; e++)
-            quarter[warp][16 * (e >> 2) + g + 8 * (e >> 1 & 1)][8 * tile + 2 * t + (e & 1)] =
-                sums[tile][e >> 2][e & 3];
-    __syncthreads();
-    auto total = [&](int r, int token) {
-        float sum = 0.f;
+            for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += quarter[w][r][token];
-        return sum;
-    };
-    constexpr int kept = GATE_UP ? ROWS / 2 : ROWS;
-    for (int at = thread; at < kept * tokens; at += 32 * WARPS) {
-        const int r = at % kept, token = at / kept;
-        const i64 pair = pairs[token];
-        if (GATE_UP) {
-            const float gate = total(r, token);
-            float inner = gate / (1.f + __expf(-gate)) * total(r + ROWS / 2, token);
-            inner = fminf(fmaxf(inner, -65504.f), 65504.f);
-            u16 bits;
-            asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(inner));
-            ((u16 *)out)[pair * (num_rows / 2) + first + r] = bits;
-        } else {
-            ((float *)out)[pair * num_rows + first + r] = total(r, token) * weights[pair];
+                for (int below = 0; below < 2; below++)
+                    found[q][16 * m + g + 8 * below][4 * tile + t] = sums[m][tile][below];
+        __syncthreads();
+        auto total = [&](int row, int token) {
+            float sum = 0.f;
+#pragma unroll
+            for (int warp = 0; warp < WARPS; warp++) sum += found[warp][row][token];
+            return sum;
+        };
+        constexpr int kept = GATE_UP ? ROWS / 2 : ROWS;
+        for (int at = thread; at < kept * tokens; at += 32 * WARPS) {
+            const int row = at % kept, token = at / kept;
+            const i64 pair = pairs[token], to_row = first + turn * next + row;
+            if (GATE_UP) {
+                const float gate = total(row, token);
+                out[pair * (num_rows / 2) + to_row] = gate / (1.f + __expf(-gate)) * total(row + ROWS / 2, token);
+            } else {
+                out[pair * num_rows + to_row] = total(row, token) * weights[pair];
+            }
         }
     }
 }
+
+#endif

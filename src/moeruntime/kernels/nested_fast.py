@@ -1,7 +1,7 @@
 """The experts of a step over nested codes, at the speed of their bytes: `nested_fast.cu`.
 
 For the codes and shapes of real models (`is_fast`); `nested` serves all others. Activations go in
-as float16, in which every level is exact; routing weights and sums are float32.
+and out as float32; inside they are integers of 15 bits, in groups with a scale each.
 """
 
 from __future__ import annotations
@@ -12,49 +12,93 @@ import torch
 from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, FacePart
+from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, ByteRows, Cut, FacePart
 from moeruntime.kernels.nvrtc import compile_kernel
 
 __all__ = ["down", "gate_up"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
-STAGES = 3  # as in the source
 
 
-def gate_up(x_TH: Tensor, part: FacePart, lists: FaceLists, layer: int, *, out_MI: Tensor) -> None:
-    """silu(gate_proj x) * (up_proj x) of every pair, as `experts.gate_up`; float16 in and out."""
-    _launch(part, x_TH, out_MI, lists, layer, x_TH.shape[0] * lists.weights_TK.shape[1], True)
+def gate_up(
+    x_TH: Tensor,
+    part: FacePart,
+    lists: FaceLists,
+    layer: int,
+    scratch: ByteRows,
+    *,
+    out_MI: Tensor,
+    cut: Cut | None = None,
+) -> None:
+    """silu(gate_proj x) * (up_proj x) of every pair, as `experts.gate_up`."""
+    num_pairs = x_TH.shape[0] * lists.weights_TK.shape[1]
+    _launch(x_TH, part, lists, layer, scratch, num_pairs, out_MI, cut, is_gate_up=True)
 
 
-def down(x_MI: Tensor, part: FacePart, lists: FaceLists, layer: int, *, out_MSH: Tensor) -> None:
+def down(
+    x_MI: Tensor,
+    part: FacePart,
+    lists: FaceLists,
+    layer: int,
+    scratch: ByteRows,
+    *,
+    out_MSH: Tensor,
+    cut: Cut | None = None,
+) -> None:
     """down_proj of every pair, times its routing weight, as `experts.down`; in one part."""
-    _launch(part, x_MI, out_MSH, lists, layer, x_MI.shape[0], False)
+    _launch(x_MI, part, lists, layer, scratch, len(x_MI), out_MSH, cut, is_gate_up=False)
 
 
 def _launch(
-    part: FacePart,
     x: Tensor,
-    out: Tensor,
+    part: FacePart,
     lists: FaceLists,
     layer: int,
+    scratch: ByteRows,
     num_pairs: int,
+    out: Tensor,
+    cut: Cut | None,
+    *,
     is_gate_up: bool,
 ) -> None:
-    assert x.dtype == torch.float16 and x.is_contiguous()
+    assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
     num_faces = len(part.faces_F6)
-    a_face = num_pairs / num_faces
-    tiles = 1 if a_face <= 4 else 2 if a_face <= 32 else 4
-    tokens = 8 * tiles
-    defines = (("TILES", tiles), ("PLANES", part.num_planes), ("GATE_UP", int(is_gate_up)))
-    ring_bytes = 16 * 32 * WARPS * STAGES * (4 + 4 * part.num_planes)
-    scale_bytes = 2 * ROWS * part.num_columns // GROUP
-    compile_kernel(SOURCE, "nested", defines)(
-        (lists.num_tiles(num_pairs, tokens), part.num_rows // ROWS, 1),
+    cut = cut or Cut.of(num_pairs, num_faces)
+    num_units = lists.num_tiles(num_pairs, cut.tokens)
+    num_groups = x.numel() // GROUP
+    compile_kernel(SOURCE, "halves", ())(
+        (-(-num_groups // 4) + 1, 1, 1),
+        128,
+        (
+            x, scratch.values, scratch.groups, num_groups, part.num_columns // GROUP,
+            part.faces_F6, lists.counts_LF[layer], num_faces,
+            scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2],
+        ),
+        shared_bytes=0,
+    )  # fmt: skip
+    turns = cut.turns if is_gate_up else 1
+    defines = {
+        "GATE_UP": int(is_gate_up),
+        "TILES": cut.tiles,
+        "PLANES": part.num_planes,
+        "WIDE": int(part.wide),
+    }
+    compile_kernel(SOURCE, "nested", tuple(defines.items()))(
+        (num_units, part.num_rows // (ROWS * turns), 1),
         32 * WARPS,
         (
-            x, part.planes[4], part.scale_SRG, part.faces_F6, lists.counts_LF[layer],
-            lists.pairs_LFC[layer], lists.weights_TK, out, num_faces, lists.pairs_LFC.shape[2],
-            part.num_rows, part.num_columns, lists.weights_TK.shape[1],
+            scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
+            lists.pairs_LFC[layer], scratch.units, lists.weights_TK, out,
+            part.num_rows, part.num_columns, lists.weights_TK.shape[1], turns,
         ),
-        shared_bytes=scale_bytes + max(ring_bytes, 4 * WARPS * ROWS * (tokens + 1)),
+        shared_bytes=_shared_bytes(part, cut, turns),
     )  # fmt: skip
+
+
+def _shared_bytes(part: FacePart, cut: Cut, turns: int) -> int:
+    """Of a program: two stages of codes; scales of this turn and the next; and sums."""
+    own = 0 if part.num_planes == 0 else 4 if part.wide else 2
+    stages = 2 * (4 + own + (part.num_planes == 2)) * ROWS * GROUP
+    scales = ROWS * (2 * part.num_columns // GROUP + 16)
+    sums = 4 * WARPS * ROWS * (cut.tokens + 1)
+    return max(stages + scales, sums) if turns == 1 else stages + 2 * scales + sums

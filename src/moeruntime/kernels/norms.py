@@ -204,41 +204,48 @@ def route(
 
 @triton.jit
 def _order_kernel(
-    counts, pairs, ends, token_M, row_M, capacity,
+    counts, pairs, ends, token_M, row_M, capacity, first, first_row,
     F: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    face = tl.program_id(0)
+    face = first + tl.program_id(0)
     faces = tl.arange(0, F)
     count_F = tl.load(counts + faces)
     count = tl.sum(tl.where(faces == face, count_F, 0))
-    start = tl.sum(tl.where(faces < face, count_F, 0))
-    tl.store(ends + face, start + count)
+    start = tl.sum(tl.where((faces >= first) & (faces < face), count_F, 0))
+    tl.store(ends + tl.program_id(0), start + count)
     for at in tl.range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
         place = at + tl.arange(0, BLOCK)
         inside = place < count
         pair = tl.load(pairs + face.to(tl.int64) * capacity + place, inside, other=0)
         tl.store(token_M + start + place, (pair // K).to(tl.int64), inside)
-        tl.store(row_M + pair, (start + place).to(tl.int64), inside)
+        tl.store(row_M + pair, (first_row + start + place).to(tl.int64), inside)
 
 
-def in_order(lists: FaceLists, layer: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All lists of a layer, one after another.
+def in_order(
+    lists: FaceLists, layer: int, faces: range, *, first_row: int, row_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The lists of some faces, one after another, as rows of a product over them.
+
+    Args:
+        lists: of a step.
+        layer: the layer's index.
+        faces: neighbours.
+        first_row: the number of their first row.
+        row_TK: int64; receives where each of their pairs is, and keeps the others.
 
     Returns:
-        The end of each face's pairs, int32 [F]; the token of each, int64 [T * K]; and where each
-        token's pairs are, int64 [T, K].
+        The end of each face's rows, int32 [F]; and the token of each, int64 [T * K], 0 past the
+        last.
     """
-    num_faces, top_k = lists.pairs_LFC.shape[1], lists.weights_TK.shape[1]
-    device = lists.pairs_LFC.device
-    ends_F = torch.empty(num_faces, dtype=torch.int32, device=device)
-    token_M = torch.empty(num_tokens * top_k, dtype=torch.int64, device=device)
-    row_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
-    _order_kernel[(num_faces, triton.cdiv(num_tokens, 1024))](
+    num_tokens, top_k = row_TK.shape
+    ends_F = torch.empty(len(faces), dtype=torch.int32, device=row_TK.device)
+    token_M = torch.zeros(num_tokens * top_k, dtype=torch.int64, device=row_TK.device)
+    _order_kernel[(len(faces), triton.cdiv(num_tokens, 1024))](
         lists.counts_LF[layer], lists.pairs_LFC[layer], ends_F, token_M, row_TK,
-        lists.pairs_LFC.shape[2],
+        lists.pairs_LFC.shape[2], faces.start, first_row,
         F=lists.counts_LF.shape[1], K=top_k, BLOCK=256, num_warps=4,
     )  # fmt: skip
-    return ends_F, token_M, row_TK
+    return ends_F, token_M
 
 
 @triton.jit

@@ -15,19 +15,30 @@ from torch import Tensor
 
 from moeruntime.families import ModelConfig
 from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import ByteRows
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import blocks_for
 
-__all__ = ["BATCH_SIZES", "StepBuffers", "StepShapes", "batch_sizes"]
+__all__ = ["BATCH_SIZES", "StepBuffers", "StepShapes", "batch_sizes", "decoded_numel"]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches are filled up to the next of these."""
+
+DECODED_BYTES = 2**30
+"""Where a step of many tokens meets nested codes, so many bytes of weights are decoded at once."""
 
 
 def batch_sizes(max_rows: int) -> list[int]:
     """What batches of up to `max_rows` are filled to; at most the last of BATCH_SIZES."""
     sizes = [size for size in BATCH_SIZES if size < max_rows]
     return [*sizes, next(size for size in BATCH_SIZES if size >= max_rows)]
+
+
+def decoded_numel(config: ModelConfig, max_faces: int, dtype: torch.dtype) -> int:
+    """Weights decoded at once for a step of many tokens: gate_up of some faces, or of one."""
+    one = 2 * config.intermediate_size * config.hidden_size
+    at_once = max(1, DECODED_BYTES // (one * dtype.itemsize))
+    return 0 if dtype == torch.float32 else min(at_once, max_faces) * one
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,7 @@ class StepBuffers:
         routed, inner: inputs and inner activations [pairs, I] of the experts, by their dtype.
         logits: float32 [T, V].
         lists: which pairs each face serves.
+        byte_rows: what fast codes are multiplied by; None where no layer has them.
     """
 
     def __init__(
@@ -144,6 +156,10 @@ class StepBuffers:
         self.down_parts = zeros(pairs * parts * hidden, of=torch.float32)
         self.logits = zeros(rows, config.vocab_size, of=torch.float32)
         self.lists = FaceLists(config.num_layers, max_faces, rows, config.top_k, device)
+        self.byte_rows = None
+        if expert_dtypes != {dtype}:  # float32 beside it: somebody has fast codes
+            inner = config.intermediate_size
+            self.byte_rows = ByteRows(rows, config.top_k, hidden, inner, device)
 
     @property
     def num_bytes(self) -> int:
@@ -156,4 +172,6 @@ class StepBuffers:
                 yield value
         yield from self.routed.values()
         yield from self.inner.values()
+        if self.byte_rows is not None:
+            yield from self.byte_rows.tensors()
         yield from (self.lists.counts_LF, self.lists.pairs_LFC, self.lists.weights_TK)

@@ -50,7 +50,7 @@ class DecodeGraphs:
         config, device = model.config, model.faces_VLE.device
         exact = model.head.dtype == torch.float32
         self._shapes = {size: StepShapes.of(size, exact=exact) for size in self._sizes}
-        # Layers differ in whether their experts take float16: each kind has its own.
+        # Layers differ in whether their experts take float32: each kind has its own.
         kinds = {expert_dtype(pool, model.head.dtype) for pool in model.pools}
         self.buffers = StepBuffers(
             config, max_rows, model.max_faces, model.head.dtype, frozenset(kinds), device
@@ -144,11 +144,11 @@ class DecodeGraphs:
                 config.rms_norm_eps,
                 out_TH=routed,
             )
-            gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, inner)
+            gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, buffers.byte_rows, inner)
             # Coded experts come in one part.
             num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
             found = cut(buffers.down_parts, pairs, num_parts)
-            down(pool, inner, buffers.lists, layer, shapes.down, found)
+            down(pool, inner, buffers.lists, layer, shapes.down, buffers.byte_rows, found)
             parts = found.view(size, config.top_k * num_parts, hidden)
         norms.add_norm(
             residual, parts, weights["final_norm"], slot_T, config.rms_norm_eps, out_TH=normed

@@ -3,7 +3,7 @@
 A face is a distinct expert: a slot, or a slot refined by one variant's private codes. Tokens of
 different variants that meet in a face share one product.
 
-Legend: F faces, S slots, H hidden, I intermediate, R rows, J words.
+Legend: F faces, S slots, H hidden, I intermediate, R rows, J bytes of a plane's row.
 """
 
 from __future__ import annotations

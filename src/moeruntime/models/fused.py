@@ -10,6 +10,7 @@ L layers, E logical experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,10 +30,11 @@ from moeruntime.kernels import (
     norms,
 )
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import FacePart, is_fast
+from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
+from moeruntime.models.decode_buffers import decoded_numel
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
 
@@ -40,6 +42,9 @@ __all__ = ["FusedDecoder"]
 
 MANY = Shape(rows=64, step=64, tokens=64)
 """How experts are cut for a step of many tokens, where no library product serves."""
+
+FEW_PAIRS = 512
+"""So many (token, choice) pairs go through the kernels of decode; more are worth decoding for."""
 
 
 class FusedDecoder:
@@ -61,6 +66,12 @@ class FusedDecoder:
         # Faces are addresses of private codes: the pools that own them have to live on.
         self.experts = experts
         self.pools = [_kernel_pool(pool, self.head.dtype) for pool in experts]
+        coded = any(isinstance(pool, CodedPool) for pool in self.pools)
+        self.decoded = torch.empty(
+            decoded_numel(config, self.max_faces, self.head.dtype) if coded else 0,
+            dtype=self.head.dtype,
+            device=faces_VLE.device,
+        )
         self.rotary = half_rotary_tables(config, faces_VLE.device)
 
     @property
@@ -153,7 +164,9 @@ class FusedDecoder:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Add what attention found, and say what experts add to that, as `add_norm` takes it."""
         pool, (num_tokens, hidden) = self.pools[layer], residual_TH.shape
-        kind = expert_dtype(pool, attended_TH.dtype)
+        num_pairs = num_tokens * self.config.top_k
+        by_library = _library_serves(pool, num_pairs, attended_TH.dtype)
+        kind = attended_TH.dtype if by_library else expert_dtype(pool, attended_TH.dtype)
         x_TH = torch.empty(num_tokens, hidden, dtype=kind, device=attended_TH.device)
         lists.reset()
         norms.route(
@@ -169,14 +182,17 @@ class FusedDecoder:
             self.config.rms_norm_eps,
             out_TH=x_TH,
         )
-        if isinstance(pool, DensePool) and kind != torch.float32:
-            rows_MH, row_TK = _library_experts(x_TH, lists, pool)
+        if by_library:
+            rows_MH, row_TK = _library_experts(x_TH, lists, pool, self.decoded)
             return rows_MH, row_TK, lists.weights_TK
-        num_pairs = num_tokens * self.config.top_k
+        scratch = None
+        if isinstance(pool, CodedPool) and pool.fast:
+            sizes = (num_tokens, self.config.top_k, hidden, self.config.intermediate_size)
+            scratch = ByteRows(*sizes, x_TH.device)
         inner_MI = x_TH.new_empty(num_pairs, self.config.intermediate_size)
         out_MSH = torch.empty(num_pairs, 1, hidden, dtype=torch.float32, device=x_TH.device)
-        gate_up(pool, x_TH, lists, 0, MANY, inner_MI)
-        down(pool, inner_MI, lists, 0, MANY, out_MSH)
+        gate_up(pool, x_TH, lists, 0, MANY, scratch, inner_MI)
+        down(pool, inner_MI, lists, 0, MANY, scratch, out_MSH)
         return out_MSH.view(num_tokens, -1, hidden), None, None
 
 
@@ -199,29 +215,46 @@ def num_faces(pool: KernelPool) -> int:
 
 def expert_dtype(pool: KernelPool, dtype: torch.dtype) -> torch.dtype:
     """What the inputs of a pool's kernels are, where everything else computes in `dtype`."""
-    return torch.float16 if isinstance(pool, CodedPool) and pool.fast else dtype
+    return torch.float32 if isinstance(pool, CodedPool) and pool.fast else dtype
 
 
 def gate_up(
-    pool: KernelPool, x_TH: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MI: Tensor
+    pool: KernelPool,
+    x_TH: Tensor,
+    lists: FaceLists,
+    layer: int,
+    shape: Shape,
+    scratch: ByteRows | None,
+    out_MI: Tensor,
 ) -> None:
-    """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored."""
+    """silu(gate_proj x) * (up_proj x) of every pair, however the experts are stored.
+
+    Fast codes need `scratch`.
+    """
     if isinstance(pool, DensePool):
         experts.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
     elif pool.fast:
-        nested_fast.gate_up(x_TH, pool.gate_up, lists, layer, out_MI=out_MI)
+        assert scratch is not None
+        nested_fast.gate_up(x_TH, pool.gate_up, lists, layer, scratch, out_MI=out_MI)
     else:
         nested.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
 
 
 def down(
-    pool: KernelPool, x_MI: Tensor, lists: FaceLists, layer: int, shape: Shape, out_MSH: Tensor
+    pool: KernelPool,
+    x_MI: Tensor,
+    lists: FaceLists,
+    layer: int,
+    shape: Shape,
+    scratch: ByteRows | None,
+    out_MSH: Tensor,
 ) -> None:
     """down_proj of every pair, times its routing weight, however the experts are stored."""
     if isinstance(pool, DensePool):
         experts.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
     elif pool.fast:
-        nested_fast.down(x_MI, pool.down, lists, layer, out_MSH=out_MSH)
+        assert scratch is not None
+        nested_fast.down(x_MI, pool.down, lists, layer, scratch, out_MSH=out_MSH)
     else:
         nested.down(x_MI, pool.down, lists, layer, shape, out_MSH=out_MSH)
 
@@ -245,7 +278,7 @@ def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
 
 def _face_part(pool: NestedPool, idx: int) -> FacePart:
     part = pool.parts[idx]
-    rows = []
+    rows: list[list[int]] = []
     for face in pool.faces:
         planes, code = face.private[idx]
         at = (planes[width].data_ptr() if width in planes else 0 for width in (4, 2, 1))
@@ -255,20 +288,57 @@ def _face_part(pool: NestedPool, idx: int) -> FacePart:
         num_columns=part.num_columns,
         shared_bits=part.code.shared_bits,
         group=part.code.group,
-        planes={width: plane.view(torch.int16) for width, plane in part.planes.items()},
+        planes=dict(part.planes),
         scale_SRG=part.scale,
         faces_F6=torch.tensor(rows, device=part.scale.device),
         num_planes=max(len(face.private[idx][0]) for face in pool.faces),
+        wide=any(face.private[idx][1].bits == 4 for face in pool.faces),
     )
 
 
-def _library_experts(x_TH: Tensor, lists: FaceLists, pool: DensePool) -> tuple[Tensor, Tensor]:
+def _library_serves(pool: KernelPool, num_pairs: int, dtype: torch.dtype) -> bool:
+    """Whether the library's grouped product is the best for a step of so many pairs."""
+    if dtype == torch.float32 or isinstance(pool, DensePool):
+        return dtype != torch.float32
+    decodable = nested.can_decode(pool.gate_up) and nested.can_decode(pool.down)
+    return decodable and not (pool.fast and num_pairs <= FEW_PAIRS)
+
+
+def _library_experts(
+    x_TH: Tensor, lists: FaceLists, pool: KernelPool, decoded: Tensor
+) -> tuple[Tensor, Tensor]:
     """Experts by the library's grouped product, which is the fastest for many tokens.
 
+    Codes are decoded first, as many faces at a time as `decoded` holds.
+
     Returns:
-        A row for each pair, and which row is whose.
+        Rows, among them one for each pair, and int64 [T, K] which row is whose.
     """
-    ends_F, token_M, row_TK = norms.in_order(lists, 0, len(x_TH))
-    ends_F = ends_F[: pool.num_faces]
-    both_MI = F.grouped_mm(x_TH[token_M], pool.gate_up.transpose(1, 2), offs=ends_F)
-    return F.grouped_mm(norms.gated(both_MI), pool.down.transpose(1, 2), offs=ends_F), row_TK
+    num_tokens, hidden = x_TH.shape
+    row_TK = torch.empty_like(lists.weights_TK[:num_tokens], dtype=torch.int64)
+    faces = range(num_faces(pool))
+    at_once = len(faces)
+    if isinstance(pool, CodedPool):
+        at_once = len(decoded) // (pool.gate_up.num_rows * hidden)
+    rows: list[Tensor] = []
+    for first in range(0, len(faces), at_once):
+        some = faces[first : first + at_once]
+        ends_F, token_M = norms.in_order(
+            lists, 0, some, first_row=len(rows) * row_TK.numel(), row_TK=row_TK
+        )
+        gate_up_FRC = _weights(pool, 0, some, lists, decoded)
+        both_MI = F.grouped_mm(x_TH[token_M], gate_up_FRC.transpose(1, 2), offs=ends_F)
+        down_FRC = _weights(pool, 1, some, lists, decoded)
+        rows.append(F.grouped_mm(norms.gated(both_MI), down_FRC.transpose(1, 2), offs=ends_F))
+    return rows[0] if len(rows) == 1 else torch.cat(rows), row_TK
+
+
+def _weights(pool: KernelPool, idx: int, faces: range, lists: FaceLists, decoded: Tensor) -> Tensor:
+    """gate_up or down of some faces [F, R, C]; of codes, what is in use, in place of the last."""
+    if isinstance(pool, DensePool):
+        return (pool.gate_up, pool.down)[idx][faces.start : faces.stop]
+    part = (pool.gate_up, pool.down)[idx]
+    shape = (len(faces), part.num_rows, part.num_columns)
+    out_FRC = decoded[: math.prod(shape)].view(shape)
+    nested.decode_faces(part, faces.start, lists.counts_LF[0], out_FRC=out_FRC)
+    return out_FRC

@@ -37,7 +37,7 @@ __all__ = [
     "variant_folder",
 ]
 
-FORMAT_VERSION = (0, 2)
+FORMAT_VERSION = (0, 3)
 """Major and minor. A reader takes its own major and any minor up to its own."""
 
 FORMAT_NAME = "moec-pack"

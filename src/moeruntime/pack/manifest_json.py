@@ -30,6 +30,8 @@ __all__ = ["parse_manifest"]
 MAX_VARIANTS = 1024
 _PATH_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a name and what is added to it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CODES_IN_BYTES = (0, 3)
+"""The first version whose nested codes are in the order of bits that this one reads."""
 
 
 def parse_manifest(source: Fields) -> Manifest:
@@ -41,7 +43,7 @@ def parse_manifest(source: Fields) -> Manifest:
     """
     if (name := source.text("format")) != FORMAT_NAME:
         source.fail(f"format is {ascii(name[:40])}, not '{FORMAT_NAME}'")
-    _check_version(source)
+    version = _check_version(source)
     family = source.text("family")
     if family not in FAMILIES:
         source.fail(f"unknown family {ascii(family[:40])}; known: {', '.join(sorted(FAMILIES))}")
@@ -60,6 +62,11 @@ def parse_manifest(source: Fields) -> Manifest:
     if not 1 <= len(entries) <= MAX_VARIANTS:
         source.fail(f"{len(entries)} variants, outside 1..{MAX_VARIANTS}")
     nested = _parse_nested(source)
+    if nested is not None and version < _CODES_IN_BYTES:
+        source.fail(
+            f"format_version {version[0]}.{version[1]} had nested codes in another order of bits; "
+            "recompile the pack from its checkpoints"
+        )
     variants = tuple(
         _parse_variant(entry, config, num_slots, files, nested is not None) for entry in entries
     )
@@ -81,7 +88,7 @@ def parse_manifest(source: Fields) -> Manifest:
     return manifest
 
 
-def _check_version(source: Fields) -> None:
+def _check_version(source: Fields) -> tuple[int, int]:
     version = source.text("format_version")
     match = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", version)
     if not match:
@@ -92,6 +99,7 @@ def _check_version(source: Fields) -> None:
             f"format_version {version}, this moec reads {FORMAT_VERSION[0]}.0 to "
             f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}; use the moec that wrote it or recompile"
         )
+    return major, minor
 
 
 def _parse_files(source: Fields) -> dict[str, PackedFile]:

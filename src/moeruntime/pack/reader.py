@@ -216,7 +216,7 @@ class Pack:
                 groups = scale_columns(shape[1], nested[part].group)
                 expected[f"{part}.scale"] = (torch.bfloat16, (num_slots, shape[0], groups))
                 for width, plane in plane_shapes(*shape, nested[part].shared_bits).items():
-                    expected[f"{part}.{width}"] = (torch.uint16, (num_slots, *plane))
+                    expected[f"{part}.{width}"] = (torch.uint8, (num_slots, *plane))
             self._check_tensors(self.layer(layer), expected)
         self._check_private()
 
@@ -230,7 +230,7 @@ class Pack:
                     for part, code in zip(EXPERT_PARTS, codes, strict=True):
                         shapes = plane_shapes(*self.manifest.part_shape(part), code.bits)
                         for width, plane in shapes.items():
-                            expected[f"experts.{expert}.{part}.{width}"] = (torch.uint16, plane)
+                            expected[f"experts.{expert}.{part}.{width}"] = (torch.uint8, plane)
                 path = private_file(variant.name, layer)
                 if not expected:
                     continue

@@ -72,7 +72,7 @@ class WeightSource(Protocol):
         """One part of all slots of a nested layer.
 
         Returns:
-            The planes of the shared codes, width -> uint16 [slots, rows, words], and the scales,
+            The planes of the shared codes, width -> uint8 [slots, rows, bytes], and the scales,
             bfloat16 [slots, rows, groups].
         """
         ...
@@ -80,7 +80,7 @@ class WeightSource(Protocol):
     def private_codes(
         self, variant: str, layer: int, expert: int, part: str
     ) -> Mapping[int, StoredTensor]:
-        """One part of one variant's expert: private planes, width -> uint16 [rows, words]."""
+        """One part of one variant's expert: private planes, width -> uint8 [rows, bytes]."""
         ...
 
     def non_expert(self, variant: str, role: str) -> StoredTensor:
