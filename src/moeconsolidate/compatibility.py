@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -10,7 +11,9 @@ from moeruntime.errors import CheckpointError
 from moeruntime.families import ModelConfig
 from moeruntime.tensorfile import dtype_name
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "warn_of_different_bases"]
+
+_log = logging.getLogger(__name__)
 
 # Field of ModelConfig -> the key its owner knows it by, where that is another one.
 CONFIG_KEYS = {
@@ -52,6 +55,26 @@ def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
                     f"{first.folder} and {other.folder} cannot share a pack: {what} is "
                     f"{_shown(ours)} and {_shown(theirs)}"
                 )
+
+
+def warn_of_different_bases(checkpoints: Sequence[Checkpoint]) -> None:
+    """Log a warning where variants say that they were made from different models.
+
+    They fit all the same, but their experts may be alike nowhere.
+    """
+    own = {checkpoint.origin.repo for checkpoint in checkpoints if checkpoint.origin}
+    named = [one for one in checkpoints if one.base and one.base not in own]
+    for other in named[1:]:
+        if other.base != named[0].base:
+            _log.warning(
+                "%s says it is made from %s and %s from %s; of different bases little can be "
+                "shared: `moec plan` tells how much, --align may help",
+                named[0].name,
+                ascii(named[0].base[:80])[1:-1],
+                other.name,
+                ascii(other.base[:80])[1:-1],
+            )
+            return
 
 
 def _shown(value: object) -> str:

@@ -32,7 +32,7 @@ def progress(*, quiet: bool = False) -> Iterator[OnProgress]:
         with _bars() as on_progress:
             yield on_progress
     else:
-        yield _print_tenths
+        yield _tenths()
 
 
 def print_summary(summary: PackSummary) -> None:
@@ -149,29 +149,44 @@ def _print(table: object) -> None:
     console.print(table)
 
 
-def _print_tenths(step: Progress) -> None:
-    if step.done * 10 // step.total > (step.done - 1) * 10 // step.total:
-        print(f"{step.stage}: {step.done} of {step.total}", file=sys.stderr, flush=True)
+def _tenths() -> OnProgress:
+    """Print a line whenever another tenth of a stage is done."""
+    printed: dict[str, int] = {}
+
+    def on_progress(step: Progress) -> None:
+        tenth = step.done * 10 // max(1, step.total)
+        if tenth > printed.get(step.stage, 0):
+            printed[step.stage] = tenth
+            print(f"{step.stage}: {_counts(step)}", file=sys.stderr, flush=True)
+
+    return on_progress
+
+
+def _counts(step: Progress) -> str:
+    if step.unit == "bytes":
+        return f"{format_bytes(step.done)} of {format_bytes(step.total)}"
+    return f"{step.done} of {step.total}"
 
 
 @contextmanager
 def _bars() -> Iterator[OnProgress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[counts]}"),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, object] = {}
 
         def on_progress(step: Progress) -> None:
+            counts = _counts(step)
             if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(step.stage, total=step.total)
-            bars.update(tasks[step.stage], completed=step.done)  # type: ignore[arg-type]
+                tasks[step.stage] = bars.add_task(step.stage, total=step.total, counts=counts)
+            bars.update(tasks[step.stage], completed=step.done, counts=counts)  # type: ignore[arg-type]
 
         yield on_progress

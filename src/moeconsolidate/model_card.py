@@ -18,6 +18,7 @@ def model_card(
     *,
     pack_bytes: int,
     separate_bytes: int,
+    base_models: Sequence[str] = (),
 ) -> bytes:
     """Write the card; it depends on the contents alone, so no dates and no paths.
 
@@ -28,9 +29,11 @@ def model_card(
         config: their architecture.
         pack_bytes: tensor bytes of the pack.
         separate_bytes: tensor bytes of the variants as separate models.
+        base_models: the variants' names on the hub, which reads them from the card's head.
     """
     recipe = plan.recipe
     lines = [
+        *_head(base_models),
         f"# {len(names)} {family} variants in one pack",
         "",
         "Made by moec: experts that are alike are stored once.",
@@ -66,6 +69,15 @@ def model_card(
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def _head(base_models: Sequence[str]) -> list[str]:
+    """What the hub reads of a card: YAML, which plain names of the hub need no quotes in."""
+    if not base_models:
+        return []
+    names = [f"- {name}" for name in dict.fromkeys(base_models)]
+    about = ["base_model_relation: merge", "library_name: moec", "tags:", "- moe", "- merge"]
+    return ["---", "base_model:", *names, *about, "---", ""]
 
 
 def _rule(recipe: Recipe) -> str:

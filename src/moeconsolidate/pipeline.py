@@ -20,11 +20,11 @@ from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format
-from moeconsolidate.compatibility import check_compatible
+from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.merging import MERGE_RULES, MergeRule, SlotContext
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Progress
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Origin, Progress
 from moeconsolidate.planning import (
     calibrate,
     check_plan,
@@ -98,7 +98,7 @@ def consolidate(
     """
     target, texts = Path(out), calibration or {}
     report = on_progress or (lambda progress: None)
-    with _opened(models, target) as checkpoints, ExitStack() as stack:
+    with _opened(models, target, report) as checkpoints, ExitStack() as stack:
         config, dtype = checkpoints[0].config, checkpoints[0].expert_dtype
         if plan is None:
             recipe = resolve_recipe(
@@ -158,6 +158,7 @@ def consolidate(
                 separate_bytes=sum(checkpoint.num_bytes for checkpoint in checkpoints),
                 nested=nested,
                 routing=_routing(names, learned.statistics),
+                origins={one.name: one.origin for one in checkpoints if one.origin},
             )
     return ConsolidationResult(target, done, manifest)
 
@@ -183,7 +184,7 @@ def make_plan(
     """
     texts = calibration or {}
     report = on_progress or (lambda progress: None)
-    with _opened(models, None) as checkpoints, ExitStack() as stack:
+    with _opened(models, None, report) as checkpoints, ExitStack() as stack:
         recipe = resolve_recipe(
             checkpoints,
             threshold=threshold,
@@ -205,16 +206,26 @@ def make_plan(
 
 
 @contextmanager
-def _opened(models: Models, target: Path | None) -> Iterator[list[Checkpoint]]:
+def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator[list[Checkpoint]]:
     """The checkpoints, open and compatible; and a target, if there is one, that can be made."""
     sources = parse_sources(models)
+    folders = {one.name: one.origin for one in sources if isinstance(one.origin, Path)}
+    origins: dict[str, Origin] = {}
     if target is not None:
-        check_target(target, inputs=[source.folder for source in sources])
+        check_target(target, inputs=folders.values())
+    if len(folders) < len(sources):
+        from moeconsolidate.hub.obtain import obtain
+
+        for name, model in obtain(sources, report).items():
+            folders[name] = model.snapshot
+            origins[name] = Origin(model.ref.repo, model.commit)
     with ExitStack() as stack:
         checkpoints = [
-            stack.enter_context(Checkpoint(source.name, source.folder)) for source in sources
+            stack.enter_context(Checkpoint(one.name, folders[one.name], origins.get(one.name)))
+            for one in sources
         ]
         check_compatible(checkpoints)
+        warn_of_different_bases(checkpoints)
         if target is not None:
             # What hardly any pack falls below; each layer's exact size is checked when it is due.
             require_disk(target.parent, checkpoints[0].num_bytes // 4)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeconsolidate.digest import TensorDigest
 from moeconsolidate.model_card import model_card
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan, Origin
 from moeconsolidate.publish import require_disk, staged_folder, write_file
 from moeruntime import __version__
 from moeruntime.codes import NestedCode
@@ -184,6 +184,7 @@ class PackWriter:
         separate_bytes: int,
         nested: Mapping[str, NestedCode] | None = None,
         routing: Mapping[str, RoutingTable] | None = None,
+        origins: Mapping[str, Origin] | None = None,
     ) -> Manifest:
         """Write the model card and, last of all, the manifest.
 
@@ -194,6 +195,7 @@ class PackWriter:
             nested: how shared codes are stored, where they are.
             routing: variant -> how often its experts were used in calibration, where there was one;
                 left out of the pack where it has more than MAX_ROUTING numbers.
+            origins: variant -> where on the hub it is from, for those that are.
         """
         card = model_card(
             self._names,
@@ -202,6 +204,7 @@ class PackWriter:
             self._config,
             pack_bytes=self._tensor_bytes,
             separate_bytes=separate_bytes,
+            base_models=[one.repo for one in (origins or {}).values()],
         )
         self._write_small("README.md", card)
         manifest = Manifest(
@@ -225,7 +228,7 @@ class PackWriter:
             ),
             files=self._files,
             recipe=plan.recipe.to_json(),
-            provenance={"moec": __version__} | _bounded(routing),
+            provenance={"moec": __version__} | _bounded(routing) | _told(origins),
             nested=nested,
         )
         write_file(self._folder / MANIFEST_NAME, manifest.to_bytes())
@@ -268,6 +271,14 @@ class PackWriter:
         """Check the room for tensors that are about to be written, and count them."""
         require_disk(self._folder.parent, num_bytes)
         self._tensor_bytes += num_bytes
+
+
+def _told(origins: Mapping[str, Origin] | None) -> dict[str, object]:
+    """The entry of the provenance that models of the hub make."""
+    if not origins:
+        return {}
+    told = {name: {"hub": one.repo, "commit": one.commit} for name, one in origins.items()}
+    return {"origins": told}
 
 
 def _bounded(routing: Mapping[str, RoutingTable] | None) -> dict[str, object]:

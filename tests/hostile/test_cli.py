@@ -75,7 +75,7 @@ def test_options(
         (["a", "=b"], 2, ["'' is not a variant name"]),
         (["a", "x="], 2, ["names no model"]),
         (["a", "../x=b"], 3, ["../x=b: no such folder"]),
-        (["a", "org/model"], 3, ["org/model: no such folder", "hub ids are not fetched"]),
+        (["a", "none/x/y"], 3, ["none/x/y: no such folder", "or ORG/NAME[@REVISION] on the hub"]),
         (["a", "https://example.org/model"], 3, ["no such folder"]),
         (["a", "a/config.json"], 3, ["a/config.json: not a folder"]),
         (["a", ""], 2, ["names no model"]),
