@@ -22,6 +22,7 @@ from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format
 from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
 from moeconsolidate.importance import Statistics
+from moeconsolidate.journal import layer_key
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.merging import MERGE_RULES, MergeRule, SlotContext
 from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Origin, Progress
@@ -129,7 +130,22 @@ def consolidate(
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
-                shared = reader.read(layer, plan.layers[layer] if plan else None)
+                planned = plan.layers[layer] if plan else None
+                key = layer_key(
+                    layer,
+                    names,
+                    config,
+                    recipe,
+                    planned,
+                    reader.load(layer),
+                    learned.inputs[layer] if learned.inputs else None,
+                    learned.statistics,
+                )
+                if finished := writer.take_over(layer, key):
+                    layers.append(finished)
+                    report(Progress("experts", layer + 1, config.num_layers))
+                    continue
+                shared = reader.decide(planned)
                 if nested is not None and plan is None:
                     shared = with_default_codes(shared, recipe.shared_bits)
                 layers.append(shared)
@@ -148,6 +164,7 @@ def consolidate(
                         num_variants=len(names),
                     )
                     writer.write_coded_layer(shared, *coded)
+                writer.note_layer(key, recipe, shared)
                 report(Progress("experts", layer + 1, config.num_layers))
             _write_rest(checkpoints, writer, report)
             prediction = plan.prediction if plan else None

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from moeconsolidate.digest import TensorDigest
+from moeconsolidate.journal import FinishedLayer, Journal
 from moeconsolidate.model_card import model_card
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan, Origin
-from moeconsolidate.publish import require_disk, staged_folder, write_file
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan, Origin, Recipe
+from moeconsolidate.publish import (
+    JOURNAL_FOLDER,
+    PACK_FOLDER,
+    require_disk,
+    staged_folder,
+    write_file,
+)
 from moeruntime import __version__
 from moeruntime.codes import NestedCode
+from moeruntime.errors import MoecError, ResourceError
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import (
     COMMON_FILE,
@@ -57,16 +65,17 @@ class PackWriter:
         family: str,
         config: ModelConfig,
         expert_dtype: torch.dtype,
+        journal: Journal,
     ) -> None:
-        """Write into `folder`, which is there and empty."""
-        self._folder = folder
+        """Write into `folder`, which is there and holds what `journal` knows."""
+        self._folder, self._journal = folder, journal
         self._names = tuple(names)
         self._family, self._config, self._expert_dtype = family, config, expert_dtype
         self._files: dict[str, PackedFile] = {}
         self._tensors: list[dict[str, TensorRef]] = [{} for _ in names]
-        self._tensor_bytes = 0
+        self._tensor_bytes = self._reserved_bytes = 0
         for inside in ("experts", *map(variant_folder, self._names)):
-            (folder / inside).mkdir(parents=True)
+            (folder / inside).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     @contextmanager
@@ -80,6 +89,9 @@ class PackWriter:
     ) -> Iterator[PackWriter]:
         """Yield a writer whose pack appears at `target` when the block ends well, and never else.
 
+        What ends the block early leaves finished layers to the next run, unless the input was at
+        fault.
+
         Args:
             target: a path that does not exist, in a folder that does.
             names: the variants, in order.
@@ -88,11 +100,36 @@ class PackWriter:
             expert_dtype: what experts are stored as.
 
         Raises:
-            UsageError: `target` has appeared meanwhile.
+            UsageError: `target` has appeared meanwhile, or somebody else is writing it.
             ResourceError: the disk is full, read-only or broken.
         """
-        with staged_folder(target) as folder:
-            yield cls(folder, names, family, config, expert_dtype)
+        journal: Journal | None = None
+
+        def kept(problem: BaseException) -> str | None:
+            at_fault = isinstance(problem, MoecError) and not isinstance(problem, ResourceError)
+            if journal is None or not journal.num_finished or at_fault:
+                return None
+            return f"{journal.num_finished} finished layers are kept"
+
+        with staged_folder(target, kept=kept) as staging:
+            folder = staging / PACK_FOLDER
+            journal = Journal(staging / JOURNAL_FOLDER, folder)
+            yield cls(folder, names, family, config, expert_dtype, journal)
+
+    def take_over(self, layer: int, key: str) -> LayerPlan | None:
+        """Keep what an earlier run wrote of a layer, if its key was the same; returns its plan."""
+        finished = self._journal.take_over(layer, key)
+        if finished is None:
+            return None
+        self._files |= finished.files
+        self._tensor_bytes += finished.tensor_bytes
+        return finished.plan
+
+    def note_layer(self, key: str, recipe: Recipe, plan: LayerPlan) -> None:
+        """Let whoever comes after a crash know that a layer has been written."""
+        paths = (layer_file(plan.layer), *(private_file(one, plan.layer) for one in self._names))
+        files = {path: self._files[path] for path in paths if path in self._files}
+        self._journal.note(key, recipe, FinishedLayer(plan, files, self._reserved_bytes))
 
     def write_layer(self, plan: LayerPlan, slot_columns: SlotColumns) -> None:
         """Write one layer's experts: gate_up [slots, 2I, H], then down [slots, H, I].
@@ -270,6 +307,7 @@ class PackWriter:
     def _reserve(self, num_bytes: int) -> None:
         """Check the room for tensors that are about to be written, and count them."""
         require_disk(self._folder.parent, num_bytes)
+        self._reserved_bytes = num_bytes
         self._tensor_bytes += num_bytes
 
 

@@ -349,7 +349,11 @@ class TensorFileWriter:
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
         self._file = path.open("xb")
-        self._write(len(raw).to_bytes(8, "little") + raw)
+        try:
+            self._write(len(raw).to_bytes(8, "little") + raw)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
