@@ -9,13 +9,12 @@ planned when it is read, and every expert is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
@@ -35,8 +34,8 @@ from moeconsolidate.planning import (
 )
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
-from moeconsolidate.threads import single_threaded_torch
-from moeconsolidate.writer import PackWriter
+from moeconsolidate.threads import num_places, single_threaded_torch
+from moeconsolidate.writer import PackWriter, SlotColumns
 from moeruntime.families import ModelConfig
 from moeruntime.pack import Manifest
 
@@ -127,6 +126,8 @@ def consolidate(
         reader = LayerReader(checkpoints, recipe, learned.inputs)
         nested = nested_format(config, recipe.shared_bits) if recipe.code == "nested" else None
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
+        if nested is not None:  # its pieces then run side by side, a thread each
+            stack.enter_context(single_threaded_torch())
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
@@ -277,13 +278,14 @@ def _merger(
     experts_EP: Tensor,
     config: ModelConfig,
     statistics: Sequence[Statistics] | None,
-) -> Callable[[int, slice], Tensor]:
+) -> SlotColumns:
     """Merge on demand, as the writer asks for runs of columns in the order of its file.
 
     A rule that needs whole experts has merged them all before; the result then stands in the place
     of a slot's first member, which no other slot has.
     """
-    merged_P = torch.empty_like(experts_EP[0])
+    num_buffers = 1 if rule.whole_experts else num_places()
+    merged_BP = experts_EP.new_empty(num_buffers, experts_EP.shape[1])
     members = [
         [experts_EP[ref.variant_idx * config.num_experts + ref.expert] for ref in slot]
         for slot in plan.slots
@@ -294,11 +296,11 @@ def _merger(
     ]
     if rule.whole_experts:
         for rows, context in zip(members, contexts, strict=True):
-            rows[0].copy_(rule(rows, context, out=merged_P))
-        return lambda slot, columns: members[slot][0][columns]
+            rows[0].copy_(rule(rows, context, out=merged_BP[0]))
+        return lambda slot, columns, place: members[slot][0][columns]
 
-    def merged(slot: int, columns: slice) -> Tensor:
+    def merged(slot: int, columns: slice, place: int) -> Tensor:
         rows = [row_P[columns] for row_P in members[slot]]
-        return rule(rows, contexts[slot], out=merged_P[columns])
+        return rule(rows, contexts[slot], out=merged_BP[place, columns])
 
     return merged

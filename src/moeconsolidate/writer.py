@@ -25,6 +25,7 @@ from moeconsolidate.publish import (
     staged_folder,
     write_file,
 )
+from moeconsolidate.threads import in_order
 from moeruntime import __version__
 from moeruntime.codes import NestedCode
 from moeruntime.errors import MoecError, ResourceError
@@ -45,8 +46,10 @@ from moeruntime.tensorfile import FileDigest, TensorFileWriter, dtype_name
 
 __all__ = ["PackWriter"]
 
-SlotColumns = Callable[[int, slice], Tensor]
-"""(slot, columns) -> those weights of the slot's expert, flattened; valid until the next call."""
+SlotColumns = Callable[[int, slice, int], Tensor]
+"""(slot, columns, place) -> those weights of the slot's expert, flattened.
+
+Called from several threads, and valid until the next call with the same place (see `in_order`)."""
 
 RoutingTable = Sequence[Sequence[int]]
 """[layer][expert]: tokens routed to an expert, of ten thousand."""
@@ -144,13 +147,17 @@ class PackWriter:
             (name, self._expert_dtype, (num_slots, *shape)) for name, shape in tensors.items()
         ]
         self._reserve(num_slots * self._config.expert_numel * self._expert_dtype.itemsize)
+        pieces = [(name, slot) for name in tensors for slot in range(num_slots)]
+        split = 2 * inner * hidden
+        columns = {"gate_up": slice(0, split), "down": slice(split, None)}
+
+        def merge(piece: tuple[str, int], place: int) -> Tensor:
+            name, slot = piece
+            return slot_columns(slot, columns[name], place).view(1, *tensors[name])
+
         with TensorFileWriter(self._folder / path, declared) as file:
-            start = 0
-            for name, shape in tensors.items():
-                columns = slice(start, start + shape[0] * shape[1])
-                for slot in range(num_slots):
-                    file.append(name, slot_columns(slot, columns).view(1, *shape))
-                start = columns.stop
+            for (name, _), merged in zip(pieces, in_order(merge, pieces), strict=True):
+                file.append(name, merged)
             self._add(path, file.finish())
 
     def write_coded_layer(
