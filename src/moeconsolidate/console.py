@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moeconsolidate.plan import OnProgress, Progress
@@ -21,18 +23,21 @@ MIN_WIDTH = 100
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[OnProgress]:
+def progress(*, quiet: bool = False, as_json: bool = False) -> Iterator[OnProgress]:
     """Yield what to call after each step.
 
-    It draws a bar on a terminal, and prints about ten lines a stage anywhere else.
+    It draws a bar on a terminal, and prints about ten lines a stage anywhere else: as JSON, where
+    a program reads them.
     """
     if quiet:
         yield lambda step: None
+    elif as_json:
+        yield _tenths(lambda step: json.dumps({"event": "progress", **asdict(step)}))
     elif sys.stderr.isatty():
         with _bars() as on_progress:
             yield on_progress
     else:
-        yield _tenths()
+        yield _tenths(lambda step: f"{step.stage}: {_counts(step)}")
 
 
 def print_summary(summary: PackSummary) -> None:
@@ -149,7 +154,7 @@ def _print(table: object) -> None:
     console.print(table)
 
 
-def _tenths() -> OnProgress:
+def _tenths(line: Callable[[Progress], str]) -> OnProgress:
     """Print a line whenever another tenth of a stage is done."""
     printed: dict[str, int] = {}
 
@@ -157,7 +162,7 @@ def _tenths() -> OnProgress:
         tenth = step.done * 10 // max(1, step.total)
         if tenth > printed.get(step.stage, 0):
             printed[step.stage] = tenth
-            print(f"{step.stage}: {_counts(step)}", file=sys.stderr, flush=True)
+            print(line(step), file=sys.stderr, flush=True)
 
     return on_progress
 
