@@ -14,7 +14,7 @@ import pytest
 from helpers import MakeCheckpoint, tree_digests
 from hub_fixtures import TOKEN, cache, hub
 from hub_server import Hub
-from moeconsolidate import consolidate
+from moeconsolidate import cli, consolidate
 from moeconsolidate.hub import transfer
 from moeruntime import verify_pack
 from moeruntime.errors import CheckpointError, HubError, IntegrityError, ResourceError
@@ -249,3 +249,63 @@ def test_the_settings_of_the_environment_reach_it(hub: Hub, two: list[str], tmp_
     done = subprocess.run(call, env=offline, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert tree_digests(tmp_path / "pack") == tree_digests(tmp_path / "again")
+
+
+# -- push ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_pack(two: list[str], tmp_path: Path) -> Path:
+    return consolidate(two, tmp_path / "pack").pack
+
+
+def test_a_pushed_pack_is_whole_and_says_what_it_is(
+    hub: Hub, small_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    before = tree_digests(small_pack)
+    scores = tmp_path / "scores.json"
+    row = {"model": "base", "data": "x/a|b.jsonl", "tokens": 9, "nll": 2.5, "reference_nll": 2.25}
+    scores.write_text(json.dumps({"scores": [row]}))
+    call = ["push", str(small_pack), "org/pack", "--scores", str(scores), "--quiet"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*call, "--base-model", "org/root"])
+    assert end.value.code == 0
+    assert tree_digests(small_pack) == before
+    files = hub.repos["org/pack"].files
+    assert sorted(files) == sorted(before)
+    again = tmp_path / "again"
+    for name, contents in files.items():
+        (again / name).parent.mkdir(parents=True, exist_ok=True)
+        (again / name).write_bytes(contents)
+    verify_pack(again)
+    differ = {name for name, digest in tree_digests(again).items() if digest != before[name]}
+    assert differ == {"README.md", "manifest.json"}
+    card = files["README.md"].decode()
+    assert card.startswith("---\nbase_model:\n- org/base\n- org/tuned\n- org/root\n")
+    assert card.count("base_model:") == 1
+    assert "| base | a_b.jsonl | 9 | 2.5000 | +0.2500 |" in card
+    assert card.index("## Quality") < card.index("## Use")
+
+
+def test_push_needs_a_token_and_a_sound_pack(
+    hub: Hub, small_pack: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def push(target: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["push", str(small_pack), target, "--quiet"])
+        return end.value.code, capfd.readouterr().err
+
+    code, err = push("org/pack")
+    assert code == 4
+    assert "does not let you write there; log in with" in err
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.refuse_tokens = True
+    code, err = push("org/pack")
+    assert code == 4
+    assert "SECRET" not in err
+    hub.refuse_tokens = False
+    assert push("nonsense")[0] == 2
+    (small_pack / "README.md").write_bytes(b"?" * (small_pack / "README.md").stat().st_size)
+    code, err = push("org/pack")
+    assert (code, "org/pack" in hub.repos) == (5, False)

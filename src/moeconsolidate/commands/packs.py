@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command()(export)
     app.command(name="eval")(evaluate)
     app.command()(report)
+    app.command()(push)
 
 
 def inspect(pack: PackArgument, as_json: Json = False) -> None:
@@ -225,3 +226,60 @@ def report(
         )
     else:
         typer.echo(f"{out}: {len(contents)} bytes")
+
+
+def push(
+    pack: PackArgument,
+    target: Annotated[
+        str, typer.Argument(metavar="ORG/NAME[@BRANCH]", help="The repository on the hub.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    base_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="A model on the hub that the pack was made of, where it does not know that "
+            "itself; may be given several times.",
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What `moec eval --json` printed: goes into the model card."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a pack to the hub, with a model card.
+
+    Checks the pack first, as `moec verify` does. The card says what the pack was made of, by which
+    recipe, and what was measured. All files appear in one commit. Needs HF_TOKEN, or a login with
+    `hf auth login`.
+
+    \b
+    Examples:
+      moec push pack org/pack
+      moec push pack org/pack --private --scores scores.json
+    """
+    from moeconsolidate.console import progress
+    from moeconsolidate.hub.upload import push_pack
+    from moeconsolidate.scores import read_scores
+    from moeruntime.pack import Manifest
+
+    measured = read_scores(scores, Manifest.load(pack).variant_names) if scores else []
+    with progress(quiet=quiet, as_json=as_json) as on_progress:
+        url = push_pack(
+            pack,
+            target,
+            private=private,
+            base_models=base_model or [],
+            scores=measured,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json({"pack": str(pack), "commit": url})
+    else:
+        typer.echo(url)

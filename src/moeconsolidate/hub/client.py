@@ -171,12 +171,12 @@ def answer_bytes(model: PinnedModel, name: str, *, start: int, stop: int) -> byt
 
 
 @contextmanager
-def telling(ref: HubRef) -> Iterator[None]:
+def telling(ref: HubRef, *, writing: bool = False) -> Iterator[None]:
     """Turn what huggingface-hub and its HTTP client raise into one line each."""
     try:
         yield
     except (httpx2.HTTPError, OfflineModeIsEnabled, EntryNotFoundError, HFValidationError) as one:
-        raise HubError(f"{ref}: {_meaning(ref, one)}") from None
+        raise HubError(f"{ref}: {_meaning(ref, one, writing)}") from None
     # What huggingface-hub stumbles over in an answer that is no JSON, or lacks a field.
     except (ValueError, LookupError, TypeError, AttributeError) as problem:
         raise HubError(
@@ -185,11 +185,13 @@ def telling(ref: HubRef) -> Iterator[None]:
         ) from None
 
 
-def _meaning(ref: HubRef, problem: Exception) -> str:
+def _meaning(ref: HubRef, problem: Exception, writing: bool) -> str:
     """What went wrong and what to do about it, without a word of the server's."""
     way_in = "log in with `hf auth login` or set HF_TOKEN"
     endpoint = constants.ENDPOINT
     status = problem.response.status_code if isinstance(problem, HfHubHTTPError) else None
+    if writing and (status in (401, 403) or isinstance(problem, RepositoryNotFoundError)):
+        return f"{endpoint} does not let you write there; {way_in} with the right to write"
     if isinstance(problem, GatedRepoError):
         return f"gated: accept its terms at {endpoint}/{ref.repo}, and {way_in} of that account"
     if isinstance(problem, RevisionNotFoundError):
@@ -210,6 +212,8 @@ def _meaning(ref: HubRef, problem: Exception) -> str:
         return "the token may not read this model; give it the right to, or use another"
     if status is not None:
         return f"{endpoint} answered {status}; try again later"
+    if writing:
+        return f"{endpoint} cannot be reached ({type(problem).__name__}); try again later"
     return (
         f"no such folder, and {endpoint} cannot be reached ({type(problem).__name__}); models in "
         "the cache can be used with HF_HUB_OFFLINE=1"
