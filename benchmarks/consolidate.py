@@ -9,7 +9,7 @@ the page cache; only ratios within one run mean much on a shared machine.
 mergekit merges all of it into one model, with the same input and about the same output as
 `--merge average`. It needs an environment of its own, whose Python is given.
 
-Run: python benchmarks/consolidate.py --work DIR [--mergekit PYTHON] [--depths 8 16 32]
+Run: python benchmarks/consolidate.py --work DIR [--mergekit PYTHON] [--ways average]
 Needs about 2 GB of disk a variant, and as much again for output.
 """
 
@@ -96,9 +96,13 @@ def mergekit_config(models: Sequence[Path], path: Path) -> Path:
 
 
 def compare(
-    models: Sequence[Path], work: Path, repeats: int, mergekit: Path | None
+    models: Sequence[Path],
+    work: Path,
+    repeats: int,
+    chosen: Sequence[str],
+    mergekit: Path | None,
 ) -> dict[str, object]:
-    """Time every way of doing it, `repeats` times in turn; the fastest of each counts."""
+    """Time the chosen ways of doing it, `repeats` times in turn; the fastest of each counts."""
     files = [path for one in models for path in sorted(one.glob("*.safetensors"))]
     input_bytes = sum(path.stat().st_size for path in files)
     moec = (sys.executable, "-c", MOEC, "consolidate", *models, "--quiet", "--out", work / "out")
@@ -110,6 +114,7 @@ def compare(
         config = mergekit_config(models, work / "mergekit.yml")
         run = "from mergekit.scripts.run_yaml import main; main()"
         ways["mergekit"] = (mergekit, "-c", run, config, work / "out", "--lazy-unpickle")
+    ways = {name: command for name, command in ways.items() if name in (*chosen, "mergekit")}
     best: dict[str, Run] = {}
     for _ in range(repeats):
         for name, command in ways.items():
@@ -182,6 +187,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder on the disk to measure")
     parser.add_argument("--variants", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--ways", nargs="+", default=["average", "nested"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--depths", type=int, nargs="*", default=[8, 16, 32])
     parser.add_argument("--mergekit", type=Path, help="a Python that has mergekit")
@@ -191,7 +197,8 @@ def main() -> None:
         models = make_models(max(args.variants), args.layers, HIDDEN, INNER, work)
         os.sync()
         rows = [
-            compare(models[:number], work, args.repeats, args.mergekit) for number in args.variants
+            compare(models[:number], work, args.repeats, args.ways, args.mergekit)
+            for number in args.variants
         ]
         for folder in models:
             shutil.rmtree(folder)

@@ -154,6 +154,11 @@ class Checkpoint:
         """The stored dtype of a non-expert tensor."""
         return self._non_expert[role].dtype
 
+    def non_expert_num_bytes(self, role: str) -> int:
+        """Stored bytes of a non-expert tensor."""
+        location = self._non_expert[role]
+        return location.file.entries[location.tensor].num_bytes
+
     def read_non_expert(self, role: str) -> Tensor:
         """Read one non-expert tensor, in its stored dtype and shape.
 
@@ -184,10 +189,7 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Tensor bytes of the model."""
-        non_expert = (
-            location.file.entries[location.tensor].num_bytes
-            for location in self._non_expert.values()
-        )
+        non_expert = map(self.non_expert_num_bytes, self._non_expert)
         num_experts = self.config.num_layers * self.config.num_experts
         return sum(non_expert) + num_experts * self.expert_num_bytes
 

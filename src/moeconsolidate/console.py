@@ -13,10 +13,11 @@ from moeconsolidate.plan import OnProgress, Progress
 from moeconsolidate.report import PackSummary, format_bytes, sharing_lines
 
 if TYPE_CHECKING:
+    from moeconsolidate.dry_run import Estimate
     from moeconsolidate.evaluation import EvaluationRow
     from moeconsolidate.plan import ConsolidationPlan
 
-__all__ = ["print_scores", "print_sharing", "print_summary", "progress"]
+__all__ = ["print_estimate", "print_scores", "print_sharing", "print_summary", "progress"]
 
 MIN_WIDTH = 100
 """Columns assumed where the output is not a terminal that knows better."""
@@ -118,6 +119,20 @@ def print_plan(plan: ConsolidationPlan) -> None:
         print(f"experts: {format_bytes(plan.prediction.expert_bytes)}")
         for name, loss in plan.prediction.losses.items():
             print(f"predicted loss of {name}: {loss:+.4f} nats per token")
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """Print what a consolidation would take, a line each."""
+    for name, num_bytes in estimate.download_bytes.items():
+        print(f"to download for {name}: {format_bytes(num_bytes)}")
+    least, most = map(format_bytes, estimate.pack_bytes)
+    print(f"to read: {format_bytes(estimate.input_bytes)}")
+    print(f"disk for the pack: {least} where all is shared, {most} where nothing is")
+    if estimate.memory_bytes is None or estimate.arithmetic_s is None:
+        print("memory and time: not predicted where there is calibration")
+        return
+    print(f"peak memory: {format_bytes(estimate.memory_bytes)}")
+    print(f"arithmetic on this machine, beside reading and writing: {estimate.arithmetic_s:.0f} s")
 
 
 def print_scores(rows: Sequence[EvaluationRow]) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from helpers import tree_digests
-from moeconsolidate import cli
+from hub_fixtures import hub
+from hub_server import Hub
+from moeconsolidate import cli, consolidate
+from moeconsolidate.dry_run import dry_run
+from moeconsolidate.report import summarise
+from moeruntime import Pack
+
+__all__ = ["hub"]
 
 COUNTS = ("done", "event", "stage", "total", "unit")
 
@@ -63,3 +70,55 @@ def test_a_call_that_cannot_be_parsed_is_an_event_too(capfd: pytest.CaptureFixtu
     code, _, err = moec(capfd, "consolidate", "--json", "--treshold", "1")
     assert code == 2
     assert events(err)[0]["exit_code"] == 2
+
+
+# -- a dry run -------------------------------------------------------------------------------------
+
+
+def tensor_bytes(pack: Path) -> int:
+    with Pack(pack) as opened:
+        return summarise(opened).pack_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 1.0}, {"code": "plain"}, {"threshold": 0.0}])
+def test_a_pack_is_as_large_as_predicted(
+    options: dict[str, object], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    models = [checkpoints["base"], checkpoints["math"]]
+    estimate = dry_run(models, options, {})
+    least, most = estimate.pack_bytes
+    assert least <= tensor_bytes(consolidate(models, tmp_path / "pack", **options).pack) <= most
+    assert estimate.download_bytes == {}
+    assert estimate.memory_bytes is not None and estimate.arithmetic_s is not None
+    assert estimate.memory_bytes > 100_000_000
+    assert 0.01 < estimate.arithmetic_s < 100
+
+
+def test_budgets_bound_the_pack_and_calibration_is_not_predicted(
+    checkpoints: dict[str, Path],
+) -> None:
+    estimate = dry_run([checkpoints["base"], checkpoints["math"]], {"budget": "0.3x"}, {})
+    whole = dry_run([checkpoints["base"], checkpoints["math"]], {"threshold": 1.0}, {})
+    assert estimate.pack_bytes[1] < whole.pack_bytes[1]
+    assert (estimate.memory_bytes, estimate.arithmetic_s) == (None, None)
+
+
+def test_nothing_is_downloaded_for_it(
+    hub: Hub,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    repos = [hub.add(f"org/{name}", checkpoints[name]) for name in ("base", "math")]
+    weights = "model.safetensors"
+    models = ["org/base", "x=org/math"]
+    code, out, _ = moec(capfd, "plan", *models, "--dry-run", "--json")
+    assert code == 0
+    sizes = [len(repo.files[weights]) for repo in repos]
+    assert json.loads(out)["download_bytes"] == dict(zip(("base", "x"), sizes, strict=True))
+    assert hub.bytes_sent(weights) <= 2 * 65536
+    consolidate(models, tmp_path / "pack")
+    assert set(dry_run(models, {}, {}).download_bytes.values()) == {0}
+    code, _, err = moec(capfd, "plan", *models, "--dry-run", "--out", tmp_path / "plan.json")
+    assert code == 2
+    assert "--dry-run decides nothing" in err

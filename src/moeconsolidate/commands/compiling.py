@@ -142,25 +142,38 @@ def make_plan(
     code: Code = None,
     shared_bits: SharedBits = None,
     merge: Merge = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Look at headers only, and say what it would take: bytes to download, disk, "
+            "memory, time.",
+        ),
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Decide what `consolidate` would do, and write no pack.
 
     Shows which experts would share slots, how many bits each would get, the bytes that takes and
-    the loss that is predicted. `moec consolidate --plan FILE` executes exactly that.
+    the loss that is predicted. `moec consolidate --plan FILE` executes exactly that. Comparing
+    needs the weights, so models of the hub are downloaded; --dry-run downloads none.
 
     \b
     Example:
+      moec plan base=org/base math=org/math --dry-run
       moec plan base=mini-base math=mini-math --budget 0.4x --out plan.json
       moec consolidate base=mini-base math=mini-math --plan plan.json --out pack
     """
-    from moeconsolidate.console import print_plan, progress
+    from moeconsolidate.console import print_estimate, print_plan, progress
+    from moeconsolidate.dry_run import dry_run as estimate_of
     from moeconsolidate.pipeline import make_plan as decide
     from moeconsolidate.publish import write_file
     from moeconsolidate.recipe_file import read_request
     from moeruntime.strict_json import canonical_json
 
+    if dry_run and out is not None:
+        raise UsageError("--dry-run decides nothing that --out could hold; leave one out")
     if out is not None and os.path.lexists(out):
         raise UsageError(f"{out}: exists already; remove it or choose another name")
     request = read_request(
@@ -177,6 +190,13 @@ def make_plan(
         budget=budget,
         max_loss=max_loss,
     )
+    if dry_run:
+        estimate = estimate_of(request.models, request.choices, request.calibration)
+        if as_json:
+            print_json(estimate.to_json())
+        else:
+            print_estimate(estimate)
+        return
     with progress(quiet=quiet, as_json=as_json) as on_progress:
         plan = decide(
             request.models,
