@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands to the application."""
     app.command()(inspect)
     app.command()(verify)
+    app.command()(sign)
     app.command()(export)
     app.command(name="eval")(evaluate)
     app.command()(report)
@@ -46,15 +47,24 @@ def inspect(pack: PackArgument, as_json: Json = False) -> None:
         print_sharing(summary)
 
 
-def verify(pack: PackArgument, as_json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    pack: PackArgument,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A public key: check also that its owner signed this."),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Check every byte of a pack against its manifest.
 
     Exits with 5 on the first thing that is not as the manifest says: a digest, a size, a reference,
-    a file too few or too many.
+    a file too few or too many; and with --key if nobody signed these files, or somebody else did.
 
     \b
-    Example:
+    Examples:
       moec verify pack && echo whole
+      moec verify pack --key public.pem
     """
     from moeconsolidate.console import progress
     from moeconsolidate.plan import Progress
@@ -69,12 +79,44 @@ def verify(pack: PackArgument, as_json: Json = False, quiet: Quiet = False) -> N
             on_progress(Progress("files", len(sizes), total))
 
         manifest = verify_pack(pack, on_file=count)
+    if key is not None:
+        from moeconsolidate.signing import check_signature
+
+        check_signature(pack, key)
     if as_json:
         print_json({"files": len(sizes), "bytes": sum(sizes), "variants": manifest.variant_names})
     else:
         typer.echo(
             f"{pack}: whole: {len(sizes)} files, {sum(sizes)} bytes, all as the manifest says"
         )
+
+
+def sign(
+    pack: PackArgument,
+    key: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="An elliptic curve's private key, unencrypted PEM."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Sign a pack, so that `moec verify --key` can tell who made it.
+
+    Checks the pack first. Needs model-signing: pip install 'moec[sign]'.
+
+    \b
+    Example:
+      openssl ecparam -name prime256v1 -genkey -noout -out private.pem
+      openssl ec -in private.pem -pubout -out public.pem
+      moec sign pack --key private.pem
+      moec verify pack --key public.pem
+    """
+    from moeconsolidate.signing import sign_pack
+
+    signature = sign_pack(pack, key)
+    if as_json:
+        print_json({"pack": str(pack), "signature": str(signature)})
+    else:
+        typer.echo(f"{signature}: signed")
 
 
 def export(
