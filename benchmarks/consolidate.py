@@ -33,7 +33,7 @@ from _common import make_checkpoint, print_json
 from moeruntime.bench.machine import cpu_name
 
 HIDDEN, INNER, LAYERS = 1024, 3584, 9
-SMALL_HIDDEN, SMALL_INNER = 512, 1792
+SMALL_HIDDEN, SMALL_INNER = 256, 896
 RAW = """
 import os, sys
 out, num_bytes, *files = sys.argv[1:]
@@ -54,9 +54,10 @@ MOEC = "from moeconsolidate.cli import main; main()"
 
 @dataclass(frozen=True)
 class Run:
-    """One process: how long it took, and the most memory it had."""
+    """One process: how long it took, on how much of a core, and the most memory it had."""
 
     wall_s: float
+    cpu_s: float
     peak_bytes: int
     num_bytes: int = 0
 
@@ -81,7 +82,7 @@ def measure(*command: object, out: Path) -> Run:
     else:
         shutil.rmtree(out)
     os.sync()  # what one run left to be written is not for the next to wait for
-    return Run(wall_s, usage.ru_maxrss * 1024, num_bytes)
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, num_bytes)
 
 
 def mergekit_config(models: Sequence[Path], path: Path) -> Path:
@@ -138,11 +139,13 @@ def compare(
         one, raw = best[name], best[f"raw of {name}"]
         ratio = one.wall_s / raw.wall_s
         print(
-            f"  {name:9s} {one.wall_s:6.2f} s, raw {raw.wall_s:5.2f} s, ratio {ratio:5.2f}, "
+            f"  {name:9s} {one.wall_s:6.2f} s ({one.cpu_s:.2f} of a core), "
+            f"raw {raw.wall_s:5.2f} s, ratio {ratio:5.2f}, "
             f"{one.num_bytes / 1e9:5.2f} GB out, peak {one.peak_bytes / 1e6:.0f} MB"
         )
         rows[name] = {
             "wall_s": one.wall_s,
+            "cpu_s": one.cpu_s,
             "raw_s": raw.wall_s,
             "ratio": ratio,
             "output_bytes": one.num_bytes,
@@ -151,8 +154,15 @@ def compare(
     return rows
 
 
+def predicted_bytes(*options: object) -> int:
+    """Peak memory as `moec plan --dry-run` predicts it."""
+    call = [sys.executable, "-c", MOEC, "plan", *map(str, options), "--dry-run", "--json"]
+    done = subprocess.run(call, check=True, capture_output=True, text=True)
+    return int(json.loads(done.stdout)["memory_bytes"])
+
+
 def depth_memory(depths: Sequence[int], work: Path) -> list[dict[str, object]]:
-    """Peak memory of the default consolidation of two variants, by number of layers."""
+    """Peak memory of consolidating two variants, predicted and measured, by number of layers."""
     rows: list[dict[str, object]] = []
     layer_bytes = 2 * 8 * 3 * SMALL_HIDDEN * SMALL_INNER * 2
     for depth in depths:
@@ -160,15 +170,23 @@ def depth_memory(depths: Sequence[int], work: Path) -> list[dict[str, object]]:
             models = make_models(2, depth, SMALL_HIDDEN, SMALL_INNER, Path(scratch))
             out = Path(scratch) / "out"
             moec = (sys.executable, "-c", MOEC, "consolidate", *models, "--quiet", "--out", out)
-            peaks = {
-                "average": measure(*moec, "--merge", "average", out=out).peak_bytes,
-                "nested": measure(*moec, out=out).peak_bytes,
-            }
-        print(
-            f"{depth:3d} layers: peak {peaks['average'] / 1e6:.0f} MB averaged, "
-            f"{peaks['nested'] / 1e6:.0f} MB nested; a layer of both is {layer_bytes / 1e6:.0f} MB"
-        )
-        rows.append({"layers": depth, "layer_bytes": layer_bytes, "peak_bytes": peaks})
+            for name, options in {"average": ("--merge", "average"), "nested": ()}.items():
+                peak = measure(*moec, *options, out=out).peak_bytes
+                predicted = predicted_bytes(*models, *options)
+                print(
+                    f"{depth:3d} layers, {name}: peak {peak / 1e6:.0f} MB, predicted "
+                    f"{predicted / 1e6:.0f} MB; a layer of both is {layer_bytes / 1e6:.0f} MB",
+                    flush=True,
+                )
+                rows.append(
+                    {
+                        "layers": depth,
+                        "way": name,
+                        "layer_bytes": layer_bytes,
+                        "peak_bytes": peak,
+                        "predicted_bytes": predicted,
+                    }
+                )
     return rows
 
 
