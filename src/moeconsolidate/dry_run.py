@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.coding import SCRATCH_WEIGHTS, nested_format
+from moeconsolidate.coding import SCRATCH_WEIGHTS, UNWEIGHED_SCRATCH, nested_format
 from moeconsolidate.encoding import encode
 from moeconsolidate.plan import Recipe, default_code
 from moeconsolidate.planning import resolve_recipe
@@ -33,8 +33,12 @@ from moeruntime.pack.manifest import EXPERT_PARTS
 
 __all__ = ["Estimate", "dry_run"]
 
-CODING_COPIES = 14
-"""Float32 copies of what a thread codes at once, at most: measured by benchmarks/consolidate.py."""
+CODING_COPIES, PACKING_COPIES = 50, 8
+"""What a thread holds at most, as float32 copies of what it rounds at once, and of its piece of work
+while that is packed: measured by benchmarks/consolidate.py."""
+
+PROCESS_BYTES = 100_000_000
+"""Modules and threads of a consolidation that a dry run does not have."""
 
 STRIPE_BYTES = 2**21
 """What a thread compares at once, in float64."""
@@ -155,10 +159,13 @@ def _memory_bytes(checkpoints: Sequence[Checkpoint], recipe: Recipe, most_bytes:
     else:
         # The layer's codes, piece by piece and then stacked.
         beside = 2 * most_bytes // config.num_layers
-        at_once = min(SCRATCH_WEIGHTS, 2 * len(checkpoints) * config.expert_numel)
-        beside += num_threads * CODING_COPIES * 4 * at_once
+        a_slot = 2 * len(checkpoints) * config.intermediate_size * config.hidden_size
+        piece = max(SCRATCH_WEIGHTS, a_slot)
+        weights = CODING_COPIES * UNWEIGHED_SCRATCH + PACKING_COPIES * piece
+        beside += num_threads * 4 * weights
     rest = max(first.non_expert_num_bytes(role) for role in config.non_expert_shapes())
-    return peak_bytes(torch.device("cpu")) + layer + max(beside, 2 * rest)
+    process = peak_bytes(torch.device("cpu")) + PROCESS_BYTES
+    return process + layer + max(beside, 2 * rest)
 
 
 def _arithmetic_s(checkpoints: Sequence[Checkpoint], recipe: Recipe, output_bytes: int) -> float:
