@@ -295,10 +295,8 @@ def _pack(
         (one.shared_NRC, one.private_NVRC, one.scale_NRG)
         for one in _encode(piece, experts_EP, config, code, statistics, sweeps=2)
     ]
-    shared_NRC, private_NVRC, scale_NRG = (
-        torch.cat(parts, dim=dim)
-        for parts, dim in zip(zip(*coded, strict=True), (1, 2, 1), strict=True)
-    )
+    parts = zip(zip(*coded, strict=True), (1, 2, 1), strict=True)
+    shared_NRC, private_NVRC, scale_NRG = (torch.cat(part, dim=rows) for part, rows in parts)
     return [
         _PackedSlot(
             pack_planes(shared_NRC[n], code.shared_bits),

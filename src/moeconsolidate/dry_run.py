@@ -34,8 +34,8 @@ from moeruntime.pack.manifest import EXPERT_PARTS
 __all__ = ["Estimate", "dry_run"]
 
 CODING_COPIES, PACKING_COPIES = 50, 8
-"""What a thread holds at most, as float32 copies of what it rounds at once, and of its piece of work
-while that is packed: measured by benchmarks/consolidate.py."""
+"""What a thread holds at most, as float32 copies of what it rounds at once, and of its piece of
+work while that is packed: measured by benchmarks/consolidate.py."""
 
 PROCESS_BYTES = 100_000_000
 """Modules and threads of a consolidation that a dry run does not have."""
