@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import MakeCheckpoint
 from hub_fixtures import TOKEN, hub
 from hub_server import Hub
 from moeconsolidate import cli
@@ -42,10 +43,10 @@ def test_it_is_a_workflow() -> None:
 
 
 def test_its_commands_run(
-    hub: Hub, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("base", "math"):
-        hub.add(f"org/{name}", checkpoints[name])
+    for seed, name in enumerate(("base", "math")):
+        hub.add(f"org/{name}", make_checkpoint(name, seed=seed))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     recipe = "models = ['org/base', 'org/math']\ncode = 'plain'\n"
