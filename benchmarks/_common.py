@@ -50,6 +50,7 @@ def make_checkpoint(
     """
     folder.mkdir(parents=True)
     raw = {
+        "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moeconsolidate.digest import TensorDigest, content_sha256, expert_role
 from moeconsolidate.folder import TOKENIZER_FILE, read_config, read_side_files
+from moeconsolidate.plan import Origin
 from moeconsolidate.shards import Shards
 from moeruntime.errors import CheckpointError
 from moeruntime.families import EXPERT_ROLES, FAMILIES, Family, ModelConfig
@@ -59,12 +60,14 @@ class Checkpoint:
     Attributes:
         name: the variant's name.
         folder: where it is.
+        origin: where on the hub it is from; None where it came as a folder.
         family, config: its architecture.
+        base: what its config says it was made from, such as "org/name"; often nothing, or a path.
         expert_dtype: of all its experts.
         side_files: name -> contents of the files that travel with the variant.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, origin: Origin | None = None) -> None:
         """Open the folder.
 
         Raises:
@@ -72,12 +75,14 @@ class Checkpoint:
                 be; the message names the file and the field or tensor.
             TokenizerError: its tokenizer is missing, malformed or too large for the embedding.
         """
-        self.name, self.folder = name, folder
+        self.name, self.folder, self.origin = name, folder, origin
         self._digests: dict[str, TensorDigest] = {}
         with _reading(folder):
             fields = read_config(folder)
             self.family = _find_family(fields)
             self.config: ModelConfig = self.family.parse_config(fields)
+            base = fields.raw("_name_or_path", None)
+            self.base = base if isinstance(base, str) else ""
             self.side_files = read_side_files(folder)
             tokenizer = self.side_files[TOKENIZER_FILE]
             parse_tokenizer(tokenizer, folder / TOKENIZER_FILE, self.config.vocab_size)
@@ -149,6 +154,11 @@ class Checkpoint:
         """The stored dtype of a non-expert tensor."""
         return self._non_expert[role].dtype
 
+    def non_expert_num_bytes(self, role: str) -> int:
+        """Stored bytes of a non-expert tensor."""
+        location = self._non_expert[role]
+        return location.file.entries[location.tensor].num_bytes
+
     def read_non_expert(self, role: str) -> Tensor:
         """Read one non-expert tensor, in its stored dtype and shape.
 
@@ -179,10 +189,7 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Tensor bytes of the model."""
-        non_expert = (
-            location.file.entries[location.tensor].num_bytes
-            for location in self._non_expert.values()
-        )
+        non_expert = map(self.non_expert_num_bytes, self._non_expert)
         num_experts = self.config.num_layers * self.config.num_experts
         return sum(non_expert) + num_experts * self.expert_num_bytes
 

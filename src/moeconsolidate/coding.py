@@ -27,7 +27,10 @@ TILE_COLUMNS, SMALL_GROUP = 128, 32
 """A scale covers a kernel's tile of columns where tiles divide the matrix, and few otherwise."""
 
 SCRATCH_WEIGHTS = 2**22
-"""Weights (float32, a dozen copies) that each thread codes at once."""
+"""Weights (float32) that each thread weighs at once; it holds about fifty copies of so many."""
+
+UNWEIGHED_SCRATCH = 2**19
+"""The same where all weights matter alike: rounding them side by side needs no more."""
 
 SAMPLE_STRIDE = 16
 """Costs of options are estimated from every so many rows."""
@@ -244,10 +247,10 @@ class _Piece:
     members: tuple[tuple[ExpertRef, ...], ...]
     codes: tuple[tuple[PrivateCode, ...], ...]
 
-    def rows_at_once(self, config: ModelConfig) -> int:
+    def rows_at_once(self, config: ModelConfig, scratch: int = SCRATCH_WEIGHTS) -> int:
         """Rows of all of them whose weights fit the scratch."""
         a_row = len(self.slots) * len(self.members[0]) * _num_columns(self.part, config)
-        return max(1, SCRATCH_WEIGHTS // a_row)
+        return max(1, scratch // a_row)
 
 
 def _pieces(plan: LayerPlan, config: ModelConfig) -> list[_Piece]:
@@ -287,10 +290,13 @@ def _pack(
     statistics: Sequence[Statistics] | None,
 ) -> list[_PackedSlot]:
     """Code a piece and pack it."""
-    coded = list(_encode(piece, experts_EP, config, code, statistics, sweeps=2))
-    shared_NRC = torch.cat([one.shared_NRC for one in coded], dim=1)
-    private_NVRC = torch.cat([one.private_NVRC for one in coded], dim=2)
-    scale_NRG = torch.cat([one.scale_NRG for one in coded], dim=1)
+    # What a reader will decode is as large as the weights, and is not stored: let it go.
+    coded = [
+        (one.shared_NRC, one.private_NVRC, one.scale_NRG)
+        for one in _encode(piece, experts_EP, config, code, statistics, sweeps=2)
+    ]
+    parts = zip(zip(*coded, strict=True), (1, 2, 1), strict=True)
+    shared_NRC, private_NVRC, scale_NRG = (torch.cat(part, dim=rows) for part, rows in parts)
     return [
         _PackedSlot(
             pack_planes(shared_NRC[n], code.shared_bits),
@@ -313,7 +319,9 @@ def _encode(
     """Choose the codes of a piece, some rows at a time."""
     importance = statistics and _importance(statistics, piece.layer, piece.part, piece.members)
     feedback = Feedback.of(importance) if importance else None
-    for rows in torch.arange(_num_rows(piece.part, config)).split(piece.rows_at_once(config)):
+    scratch = SCRATCH_WEIGHTS if sweeps == 0 or statistics else UNWEIGHED_SCRATCH
+    at_once = piece.rows_at_once(config, scratch)
+    for rows in torch.arange(_num_rows(piece.part, config)).split(at_once):
         weights_NVRC = _gather(experts_EP, piece.members, piece.part, config, rows)
         yield encode(
             weights_NVRC,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 
 from moeconsolidate.checkpoint import Checkpoint
+from moeconsolidate.sources import parse_hub_ref
 from moeruntime.errors import CheckpointError
 from moeruntime.families import ModelConfig
 from moeruntime.tensorfile import dtype_name
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "warn_of_different_bases"]
+
+_log = logging.getLogger(__name__)
 
 # Field of ModelConfig -> the key its owner knows it by, where that is another one.
 CONFIG_KEYS = {
@@ -52,6 +56,27 @@ def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
                     f"{first.folder} and {other.folder} cannot share a pack: {what} is "
                     f"{_shown(ours)} and {_shown(theirs)}"
                 )
+
+
+def warn_of_different_bases(checkpoints: Sequence[Checkpoint]) -> None:
+    """Log a warning where variants say that they were made from different models of the hub.
+
+    They fit all the same, but their experts may be alike nowhere. A folder's name says nothing: it
+    may be a copy of the same model.
+    """
+    own = {checkpoint.origin.repo for checkpoint in checkpoints if checkpoint.origin}
+    named = [one for one in checkpoints if parse_hub_ref(one.base) and one.base not in own]
+    for other in named[1:]:
+        if other.base != named[0].base:
+            _log.warning(
+                "%s says it is made from %s and %s from %s; of different bases little can be "
+                "shared: `moec plan` tells how much, --align may help",
+                named[0].name,
+                named[0].base,
+                other.name,
+                other.base,
+            )
+            return
 
 
 def _shown(value: object) -> str:

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from moeconsolidate.plan import OnProgress, Progress
 from moeconsolidate.report import PackSummary, format_bytes, sharing_lines
 
 if TYPE_CHECKING:
+    from moeconsolidate.dry_run import Estimate
     from moeconsolidate.evaluation import EvaluationRow
     from moeconsolidate.plan import ConsolidationPlan
 
-__all__ = ["print_scores", "print_sharing", "print_summary", "progress"]
+__all__ = ["print_estimate", "print_scores", "print_sharing", "print_summary", "progress"]
 
 MIN_WIDTH = 100
 """Columns assumed where the output is not a terminal that knows better."""
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[OnProgress]:
+def progress(*, quiet: bool = False, as_json: bool = False) -> Iterator[OnProgress]:
     """Yield what to call after each step.
 
-    It draws a bar on a terminal, and prints about ten lines a stage anywhere else.
+    It draws a bar on a terminal, and prints about ten lines a stage anywhere else: as JSON, where
+    a program reads them.
     """
     if quiet:
         yield lambda step: None
+    elif as_json:
+        yield _tenths(lambda step: json.dumps({"event": "progress", **asdict(step)}))
     elif sys.stderr.isatty():
         with _bars() as on_progress:
             yield on_progress
     else:
-        yield _print_tenths
+        yield _tenths(lambda step: f"{step.stage}: {_counts(step)}")
 
 
 def print_summary(summary: PackSummary) -> None:
@@ -115,6 +121,20 @@ def print_plan(plan: ConsolidationPlan) -> None:
             print(f"predicted loss of {name}: {loss:+.4f} nats per token")
 
 
+def print_estimate(estimate: Estimate) -> None:
+    """Print what a consolidation would take, a line each."""
+    for name, num_bytes in estimate.download_bytes.items():
+        print(f"to download for {name}: {format_bytes(num_bytes)}")
+    least, most = map(format_bytes, estimate.pack_bytes)
+    print(f"to read: {format_bytes(estimate.input_bytes)}")
+    print(f"disk for the pack: {least} where all is shared, {most} where nothing is")
+    if estimate.memory_bytes is None or estimate.arithmetic_s is None:
+        print("memory and time: not predicted where there is calibration")
+        return
+    print(f"peak memory: {format_bytes(estimate.memory_bytes)}")
+    print(f"arithmetic on this machine, beside reading and writing: {estimate.arithmetic_s:.0f} s")
+
+
 def print_scores(rows: Sequence[EvaluationRow]) -> None:
     """Print each variant's loss on each text, and what it is more than its original's."""
     from rich import box
@@ -149,29 +169,44 @@ def _print(table: object) -> None:
     console.print(table)
 
 
-def _print_tenths(step: Progress) -> None:
-    if step.done * 10 // step.total > (step.done - 1) * 10 // step.total:
-        print(f"{step.stage}: {step.done} of {step.total}", file=sys.stderr, flush=True)
+def _tenths(line: Callable[[Progress], str]) -> OnProgress:
+    """Print a line whenever another tenth of a stage is done."""
+    printed: dict[str, int] = {}
+
+    def on_progress(step: Progress) -> None:
+        tenth = step.done * 10 // max(1, step.total)
+        if tenth > printed.get(step.stage, 0):
+            printed[step.stage] = tenth
+            print(line(step), file=sys.stderr, flush=True)
+
+    return on_progress
+
+
+def _counts(step: Progress) -> str:
+    if step.unit == "bytes":
+        return f"{format_bytes(step.done)} of {format_bytes(step.total)}"
+    return f"{step.done} of {step.total}"
 
 
 @contextmanager
 def _bars() -> Iterator[OnProgress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[counts]}"),
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, object] = {}
 
         def on_progress(step: Progress) -> None:
+            counts = _counts(step)
             if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(step.stage, total=step.total)
-            bars.update(tasks[step.stage], completed=step.done)  # type: ignore[arg-type]
+                tasks[step.stage] = bars.add_task(step.stage, total=step.total, counts=counts)
+            bars.update(tasks[step.stage], completed=step.done, counts=counts)  # type: ignore[arg-type]
 
         yield on_progress

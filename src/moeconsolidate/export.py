@@ -21,7 +21,13 @@ from torch import Tensor
 from moeconsolidate.digest import TensorDigest, content_sha256, expert_role
 from moeconsolidate.folder import SIDE_FILES
 from moeconsolidate.plan import LOSSLESS_THRESHOLD, OnProgress, Progress
-from moeconsolidate.publish import check_target, require_disk, staged_folder, write_file
+from moeconsolidate.publish import (
+    PACK_FOLDER,
+    check_target,
+    require_disk,
+    staged_folder,
+    write_file,
+)
 from moeconsolidate.shards import INDEX_FILE, SINGLE_FILE
 from moeruntime.errors import IntegrityError, UsageError
 from moeruntime.pack import Manifest, Pack
@@ -85,7 +91,8 @@ def export_variant(
         check_target(target, inputs=[pack.root])
         outputs = list(_outputs(pack, name))
         require_disk(target.parent, sum(output.num_bytes for output in outputs))
-        with staged_folder(target) as folder:
+        with staged_folder(target) as staging:
+            folder = staging / PACK_FOLDER
             digests = _write_shards(folder, _shards(outputs, max_shard_bytes), on_progress)
             _copy_side_files(pack, name, folder)
             if (

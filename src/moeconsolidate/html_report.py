@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from dataclasses import asdict
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from moeconsolidate.expert_maps import precision, routing
 from moeconsolidate.page import figure, page, table, text
 from moeconsolidate.plan import OnProgress, Progress
 from moeconsolidate.report import LayerSummary, PackSummary, format_bytes, sharing_lines, summarise
+from moeconsolidate.scores import MAX_ENTRIES, ScoreRow, bounded, read_scores
 from moeconsolidate.stored_similarity import (
     LayerSimilarity,
     layer_buffer,
@@ -29,7 +30,7 @@ from moeruntime.codes import plane_bytes
 from moeruntime.errors import InputError, ResourceError
 from moeruntime.pack import Manifest, Pack
 from moeruntime.pack.manifest import EXPERT_PARTS
-from moeruntime.strict_json import Fields, parse_json, read_json
+from moeruntime.strict_json import Fields, parse_json
 
 if TYPE_CHECKING:
     from moeconsolidate.charts import CurvePoint
@@ -41,18 +42,6 @@ PIXELS = 2_000_000
 OPEN_LAYERS = 4
 LOSS_FLOOR = 1e-4
 """Losses are drawn on a logarithmic scale that ends here, far below what a reader cares for."""
-MAX_ENTRIES = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRow:
-    """A variant's loss on a text; NLL in nats per token, of the original where it is known."""
-
-    variant: str
-    data: str
-    num_tokens: int
-    nll: float
-    original_nll: float | None
 
 
 def render_report(
@@ -104,29 +93,6 @@ def render_report(
     return page(f"Pack report: {', '.join(names)}", lead, sections), similarities
 
 
-def read_scores(path: Path, names: Sequence[str]) -> list[ScoreRow]:
-    """Read what `moec eval --json` printed.
-
-    Raises:
-        InputError: malformed, or it scores a variant that is not among `names`.
-    """
-    rows = []
-    for entry in _bounded(read_json(path, InputError).children("scores"), path):
-        if (variant := entry.text("model")) not in names:
-            entry.fail(f"{ascii(variant[:80])} is not a variant of this pack")
-        original = entry.number("reference_nll", 0, 1e6) if entry.has("reference_nll") else None
-        rows.append(
-            ScoreRow(
-                variant,
-                PurePath(entry.text("data")).name,
-                entry.integer("tokens", 1, 2**62),
-                entry.number("nll", 0, 1e6),
-                original,
-            )
-        )
-    return rows
-
-
 def read_curve(path: Path) -> list[CurvePoint]:
     """Read a list of {"method", "bytes", "worst", "mean"}, alone or under the key "rows".
 
@@ -149,14 +115,8 @@ def read_curve(path: Path) -> list[CurvePoint]:
             entry.number("worst", -1e6, 1e6),
             entry.number("mean", -1e6, 1e6),
         )
-        for entry in _bounded(rows.children("rows"), path)
+        for entry in bounded(rows.children("rows"), path)
     ]
-
-
-def _bounded(entries: list[Fields], path: Path) -> list[Fields]:
-    if not 1 <= len(entries) <= MAX_ENTRIES:
-        raise InputError(f"{path}: {len(entries)} entries, outside 1..{MAX_ENTRIES}")
-    return entries
 
 
 def _import_charts() -> ModuleType:

@@ -6,6 +6,7 @@ ever holds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -49,23 +50,41 @@ class LayerReader:
         self._checkpoints, self._recipe, self._inputs = checkpoints, recipe, inputs
         self._config = checkpoints[0].config
         self._layer = 0
+        self._keys: list[str] = []
         self._orders: dict[ExpertRef, Tensor] = {}
         self.experts_EP = _layer_buffer(checkpoints)
 
     def read(self, layer: int, planned: LayerPlan | None = None) -> LayerPlan:
-        """Read a layer and decide what shares a slot, unless a plan has; align what does.
+        """`load`, then `decide`."""
+        self.load(layer)
+        return self.decide(planned)
+
+    def load(self, layer: int) -> str:
+        """Read a layer into the buffer.
+
+        Returns:
+            A digest of its experts, lower-case hexadecimal.
 
         Raises:
-            CheckpointError: an expert is zero or not finite, or a file has changed.
+            CheckpointError: a file cannot be read, or has changed.
         """
-        self._layer = layer
-        keys = _read_layer(self._checkpoints, layer, self.experts_EP)
-        if planned is None:
-            planned = LayerPlan.from_labels(layer, self._share(keys), self._config.num_experts)
-        else:
-            check_rows(self.experts_EP, describe=self._describe)
+        self._layer, self._orders = layer, {}
+        self._keys = _read_layer(self._checkpoints, layer, self.experts_EP)
         for checkpoint in self._checkpoints:
             checkpoint.check_unchanged()
+        return hashlib.sha256("\n".join(self._keys).encode("ascii")).hexdigest()
+
+    def decide(self, planned: LayerPlan | None = None) -> LayerPlan:
+        """Decide what shares a slot in the layer loaded last, unless a plan has; align what does.
+
+        Raises:
+            CheckpointError: an expert is zero or not finite.
+        """
+        if planned is None:
+            labels = self._share(self._keys)
+            planned = LayerPlan.from_labels(self._layer, labels, self._config.num_experts)
+        else:
+            check_rows(self.experts_EP, describe=self._describe)
         if self._recipe.alignment == "neurons":
             self._align(planned)
         return planned

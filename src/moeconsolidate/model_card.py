@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeconsolidate.plan import ConsolidationPlan, Recipe
+from moeconsolidate.scores import ScoreRow
 from moeruntime.families import ModelConfig
 
-__all__ = ["model_card"]
+__all__ = ["card_for_hub", "model_card"]
 
 
 def model_card(
@@ -18,6 +19,7 @@ def model_card(
     *,
     pack_bytes: int,
     separate_bytes: int,
+    base_models: Sequence[str] = (),
 ) -> bytes:
     """Write the card; it depends on the contents alone, so no dates and no paths.
 
@@ -28,9 +30,11 @@ def model_card(
         config: their architecture.
         pack_bytes: tensor bytes of the pack.
         separate_bytes: tensor bytes of the variants as separate models.
+        base_models: the variants' names on the hub, which reads them from the card's head.
     """
     recipe = plan.recipe
     lines = [
+        *_head(base_models),
         f"# {len(names)} {family} variants in one pack",
         "",
         "Made by moec: experts that are alike are stored once.",
@@ -66,6 +70,56 @@ def model_card(
         "",
     ]
     return "\n".join(lines).encode()
+
+
+def card_for_hub(card: bytes, base_models: Sequence[str], scores: Sequence[ScoreRow]) -> bytes:
+    """A pack's card with what the hub wants to know in front, and measured quality.
+
+    Args:
+        card: as `model_card` wrote it.
+        base_models: names on the hub.
+        scores: to show; none leaves that section out.
+    """
+    text = card.decode("utf-8")
+    if text.startswith("---\n"):
+        text = text.split("\n---\n", 1)[-1].lstrip("\n")
+    measured = ""
+    if scores:
+        rows = [
+            f"| {one.variant} | {_plain(one.data)} | {one.num_tokens} | {one.nll:.4f} | "
+            f"{'' if one.original_nll is None else f'{one.nll - one.original_nll:+.4f}'} |"
+            for one in scores
+        ]
+        measured = "\n".join(
+            [
+                "## Quality",
+                "",
+                "Mean negative log-likelihood, nats per token, and how much more that is than "
+                "the original's.",
+                "",
+                "| variant | text | tokens | NLL | increase |",
+                "| --- | --- | ---: | ---: | ---: |",
+                *rows,
+                "",
+                "",
+            ]
+        )
+    before, use, after = text.partition("## Use\n")
+    return "\n".join([*_head(base_models), before + measured + use + after]).encode()
+
+
+def _plain(name: str) -> str:
+    """A file's name as it can stand in a table."""
+    return "".join(one if one.isalnum() or one in "._-" else "_" for one in name)
+
+
+def _head(base_models: Sequence[str]) -> list[str]:
+    """What the hub reads of a card: YAML, which plain names of the hub need no quotes in."""
+    if not base_models:
+        return []
+    names = [f"- {name}" for name in dict.fromkeys(base_models)]
+    about = ["base_model_relation: merge", "library_name: moec", "tags:", "- moe", "- merge"]
+    return ["---", "base_model:", *names, *about, "---", ""]
 
 
 def _rule(recipe: Recipe) -> str:

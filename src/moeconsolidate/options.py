@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -21,24 +22,42 @@ __all__ = [
     "Models",
     "PackArgument",
     "Quiet",
+    "RecipeFile",
     "SharedBits",
     "Signal",
     "Similarity",
     "Threshold",
     "pairs_of",
+    "print_json",
     "texts_of",
 ]
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")
+    bool,
+    typer.Option(
+        "--json",
+        help="For programs: one JSON object on stdout in place of tables; and on stderr one a line "
+        "for each event: progress, warning, error.",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
 Models = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="[NAME=]MODEL",
-        help="A checkpoint folder in Hugging Face layout; at least two. The variant is called "
-        "NAME, or else as its folder is.",
+        show_default=False,
+        help="A checkpoint folder in Hugging Face layout, or ORG/NAME[@REVISION] on the hub; at "
+        "least two. The variant is called NAME, or else as its folder or repository is.",
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="A TOML file with any of these options, called as they are called here: "
+        'models = ["base=org/base", "math=math"], threshold = 0.8, ... What is given on the '
+        "command line goes before what is in it; paths in it are relative to it.",
     ),
 ]
 Threshold = Annotated[
@@ -122,6 +141,11 @@ Merge = Annotated[
     ),
 ]
 PackArgument = Annotated[Path, typer.Argument(metavar="PACK", help="A pack's folder.")]
+
+
+def print_json(value: object) -> None:
+    """Print the result of a command that was asked for JSON."""
+    typer.echo(json.dumps(value, indent=2))
 
 
 def pairs_of(option: str, values: Sequence[str]) -> list[tuple[str, Path]]:

@@ -9,22 +9,22 @@ planned when it is read, and every expert is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format
-from moeconsolidate.compatibility import check_compatible
+from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
 from moeconsolidate.importance import Statistics
+from moeconsolidate.journal import layer_key
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.merging import MERGE_RULES, MergeRule, SlotContext
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Progress
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Origin, Progress
 from moeconsolidate.planning import (
     calibrate,
     check_plan,
@@ -34,8 +34,8 @@ from moeconsolidate.planning import (
 )
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
-from moeconsolidate.threads import single_threaded_torch
-from moeconsolidate.writer import PackWriter
+from moeconsolidate.threads import num_places, single_threaded_torch
+from moeconsolidate.writer import PackWriter, SlotColumns
 from moeruntime.families import ModelConfig
 from moeruntime.pack import Manifest
 
@@ -98,7 +98,7 @@ def consolidate(
     """
     target, texts = Path(out), calibration or {}
     report = on_progress or (lambda progress: None)
-    with _opened(models, target) as checkpoints, ExitStack() as stack:
+    with _opened(models, target, report) as checkpoints, ExitStack() as stack:
         config, dtype = checkpoints[0].config, checkpoints[0].expert_dtype
         if plan is None:
             recipe = resolve_recipe(
@@ -126,10 +126,27 @@ def consolidate(
         reader = LayerReader(checkpoints, recipe, learned.inputs)
         nested = nested_format(config, recipe.shared_bits) if recipe.code == "nested" else None
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
+        if nested is not None:  # its pieces then run side by side, a thread each
+            stack.enter_context(single_threaded_torch())
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
-                shared = reader.read(layer, plan.layers[layer] if plan else None)
+                planned = plan.layers[layer] if plan else None
+                key = layer_key(
+                    layer,
+                    names,
+                    config,
+                    recipe,
+                    planned,
+                    reader.load(layer),
+                    learned.inputs[layer] if learned.inputs else None,
+                    learned.statistics,
+                )
+                if finished := writer.take_over(layer, key):
+                    layers.append(finished)
+                    report(Progress("experts", layer + 1, config.num_layers))
+                    continue
+                shared = reader.decide(planned)
                 if nested is not None and plan is None:
                     shared = with_default_codes(shared, recipe.shared_bits)
                 layers.append(shared)
@@ -148,6 +165,7 @@ def consolidate(
                         num_variants=len(names),
                     )
                     writer.write_coded_layer(shared, *coded)
+                writer.note_layer(key, recipe, shared)
                 report(Progress("experts", layer + 1, config.num_layers))
             _write_rest(checkpoints, writer, report)
             prediction = plan.prediction if plan else None
@@ -158,6 +176,7 @@ def consolidate(
                 separate_bytes=sum(checkpoint.num_bytes for checkpoint in checkpoints),
                 nested=nested,
                 routing=_routing(names, learned.statistics),
+                origins={one.name: one.origin for one in checkpoints if one.origin},
             )
     return ConsolidationResult(target, done, manifest)
 
@@ -183,7 +202,7 @@ def make_plan(
     """
     texts = calibration or {}
     report = on_progress or (lambda progress: None)
-    with _opened(models, None) as checkpoints, ExitStack() as stack:
+    with _opened(models, None, report) as checkpoints, ExitStack() as stack:
         recipe = resolve_recipe(
             checkpoints,
             threshold=threshold,
@@ -205,16 +224,26 @@ def make_plan(
 
 
 @contextmanager
-def _opened(models: Models, target: Path | None) -> Iterator[list[Checkpoint]]:
+def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator[list[Checkpoint]]:
     """The checkpoints, open and compatible; and a target, if there is one, that can be made."""
     sources = parse_sources(models)
+    folders = {one.name: one.origin for one in sources if isinstance(one.origin, Path)}
+    origins: dict[str, Origin] = {}
     if target is not None:
-        check_target(target, inputs=[source.folder for source in sources])
+        check_target(target, inputs=folders.values())
+    if len(folders) < len(sources):
+        from moeconsolidate.hub.obtain import obtain
+
+        for name, model in obtain(sources, report).items():
+            folders[name] = model.snapshot
+            origins[name] = Origin(model.ref.repo, model.commit)
     with ExitStack() as stack:
         checkpoints = [
-            stack.enter_context(Checkpoint(source.name, source.folder)) for source in sources
+            stack.enter_context(Checkpoint(one.name, folders[one.name], origins.get(one.name)))
+            for one in sources
         ]
         check_compatible(checkpoints)
+        warn_of_different_bases(checkpoints)
         if target is not None:
             # What hardly any pack falls below; each layer's exact size is checked when it is due.
             require_disk(target.parent, checkpoints[0].num_bytes // 4)
@@ -249,13 +278,14 @@ def _merger(
     experts_EP: Tensor,
     config: ModelConfig,
     statistics: Sequence[Statistics] | None,
-) -> Callable[[int, slice], Tensor]:
+) -> SlotColumns:
     """Merge on demand, as the writer asks for runs of columns in the order of its file.
 
     A rule that needs whole experts has merged them all before; the result then stands in the place
     of a slot's first member, which no other slot has.
     """
-    merged_P = torch.empty_like(experts_EP[0])
+    num_buffers = 1 if rule.whole_experts else num_places()
+    merged_BP = experts_EP.new_empty(num_buffers, experts_EP.shape[1])
     members = [
         [experts_EP[ref.variant_idx * config.num_experts + ref.expert] for ref in slot]
         for slot in plan.slots
@@ -266,11 +296,11 @@ def _merger(
     ]
     if rule.whole_experts:
         for rows, context in zip(members, contexts, strict=True):
-            rows[0].copy_(rule(rows, context, out=merged_P))
-        return lambda slot, columns: members[slot][0][columns]
+            rows[0].copy_(rule(rows, context, out=merged_BP[0]))
+        return lambda slot, columns, place: members[slot][0][columns]
 
-    def merged(slot: int, columns: slice) -> Tensor:
+    def merged(slot: int, columns: slice, place: int) -> Tensor:
         rows = [row_P[columns] for row_P in members[slot]]
-        return rule(rows, contexts[slot], out=merged_P[columns])
+        return rule(rows, contexts[slot], out=merged_BP[place, columns])
 
     return merged

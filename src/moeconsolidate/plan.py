@@ -17,7 +17,15 @@ from moeruntime.errors import InputError, UsageError
 from moeruntime.pack.manifest import ExpertCodes
 from moeruntime.strict_json import Fields, parse_json
 
-__all__ = ["ConsolidationPlan", "ExpertRef", "LayerPlan", "OnProgress", "Progress", "Recipe"]
+__all__ = [
+    "ConsolidationPlan",
+    "ExpertRef",
+    "LayerPlan",
+    "OnProgress",
+    "Origin",
+    "Progress",
+    "Recipe",
+]
 
 T = TypeVar("T")
 
@@ -56,14 +64,23 @@ def default_code(shared_bits: int) -> PrivateCode:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a stage is: `done` of `total` steps."""
+    """How far a stage is: `done` of `total`, which count steps unless `unit` says bytes."""
 
     stage: str
     done: int
     total: int
+    unit: str = "steps"
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where on the hub a model is from: "org/name", and the commit, 40 hexadecimal digits."""
+
+    repo: str
+    commit: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ Whatever happens inside, from a bad argument to a full disk, comes out here.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import sys
@@ -28,6 +30,9 @@ def run_and_exit(app: typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
     """Run `moec` and exit; without arguments, take them from the command line."""
     _fill_closed_streams()
     signal.signal(signal.SIGTERM, _end_politely)
+    global _speaks_json  # noqa: PLW0603 - of this process, like its streams
+    _speaks_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("moeconsolidate").handlers = [_Warnings()]
     code = 0
     try:
         result = app(
@@ -65,17 +70,35 @@ def run_and_exit(app: typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
     sys.exit(_flush(code))
 
 
+_speaks_json = False
+"""Whether stderr is for a program to read: one JSON object a line."""
+
+
 def _complain(message: str, code: int) -> int:
     """Print one line, whatever characters file names and values put into it."""
     if os.environ.get("MOEC_TRACEBACK"):
         traceback.print_exc()
+    _say("error", message, exit_code=code)
+    return code
+
+
+class _Warnings(logging.Handler):
+    """Prints what the compiler logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.levelname.lower(), record.getMessage())
+
+
+def _say(kind: str, message: str, **more: object) -> None:
     half = MAX_MESSAGE_CHARACTERS // 2
     if len(message) > MAX_MESSAGE_CHARACTERS:
         message = f"{message[:half]} ... {message[-half:]}"
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+    text = f"moec: {kind}: {line}"
+    if _speaks_json:
+        text = json.dumps({"event": kind, "message": line, **more})
     with suppress(OSError):  # nobody reads it, or it is on a full disk
-        print(f"moec: error: {line}", file=sys.stderr, flush=True)
-    return code
+        print(text, file=sys.stderr, flush=True)
 
 
 def _flush(code: int) -> int:

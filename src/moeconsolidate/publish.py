@@ -1,23 +1,39 @@
 """A folder that appears whole or not at all.
 
-It is written under a hidden name beside its target, flushed to the disk, and renamed. Whatever ends
-the writing early (an error, Ctrl-C, a polite kill) also removes what was written.
+It is written in a hidden folder beside its target, flushed to the disk, and renamed. Whatever ends
+the writing early (an error, Ctrl-C, a kill) either removes what was written or leaves it where the
+next run for the same target finds it. A lock keeps two runs from meeting there.
 """
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
-import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moeruntime.errors import ResourceError, UsageError
 
-__all__ = ["check_target", "require_disk", "staged_folder", "write_file"]
+__all__ = [
+    "JOURNAL_FOLDER",
+    "PACK_FOLDER",
+    "check_target",
+    "require_disk",
+    "staged_folder",
+    "write_file",
+]
+
+PACK_FOLDER, JOURNAL_FOLDER = "pack", "journal"
+"""In a staging folder: what becomes the target, and what is known of it until then."""
+
+_LOCK = "lock"
+_STAGED = {PACK_FOLDER, JOURNAL_FOLDER, _LOCK}
+_log = logging.getLogger(__name__)
 
 # Room for folders, headers and small files, which no prediction counts one by one.
 DISK_MARGIN_BYTES = 1024 * 1024
@@ -61,32 +77,99 @@ def write_file(path: Path, contents: bytes) -> None:
 
 
 @contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` when the block ends well.
+def staged_folder(
+    target: Path, *, kept: Callable[[BaseException], str | None] | None = None
+) -> Iterator[Path]:
+    """Yield a folder for this target alone, whose subfolder PACK_FOLDER becomes `target`.
+
+    That happens when the block ends well. However it ends, what was written is removed, unless
+    `kept` has a reason to leave it to the next run: then, and after a kill, the folder is yielded
+    again as it was left.
+
+    Args:
+        target: a path that does not exist, in a folder that does.
+        kept: called with what ended the block; says what is kept, or None. Without it, nothing is.
 
     Raises:
-        UsageError: `target` has appeared meanwhile.
+        UsageError: somebody else is writing to this target, or it has appeared meanwhile.
         ResourceError: the disk is full, read-only or broken.
     """
-    staging = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    staging = target.parent / f".{target.name}.partial"
     try:
-        staging.mkdir()
+        lock = _lock(staging, target)
+    except OSError as problem:
+        raise _not_written(target, problem) from problem
+    published = False
+    try:
+        if kept is None:
+            _remove(staging / PACK_FOLDER)
+        (staging / PACK_FOLDER).mkdir(exist_ok=True)
         yield staging
-        _flush_folders(staging)
+        _flush_folders(staging / PACK_FOLDER)
         if os.path.lexists(target):
             raise UsageError(f"{target}: appeared while it was being written; left as it is")
-        staging.rename(target)
+        (staging / PACK_FOLDER).rename(target)
+        published = True
         _flush_folder(target.parent)
+        _remove(staging)
     except BaseException as problem:
-        try:
-            _remove(staging)
-        except (KeyboardInterrupt, SystemExit):  # a signal before `_remove` turned them off
-            _remove(staging)
+        told = kept(problem) if kept and not published else None
+        if told:
+            _log.warning("%s; the same command goes on from there (%s)", told, staging)
+        else:
+            try:
+                _remove(staging)
+            except (KeyboardInterrupt, SystemExit):  # a signal before `_remove` turned them off
+                _remove(staging)
         # A broken pipe is about where progress is printed, not about this disk.
         if isinstance(problem, OSError) and not isinstance(problem, BrokenPipeError):
-            reason = problem.strerror or str(problem)
-            raise ResourceError(f"{target}: cannot be written: {reason}") from problem
+            raise _not_written(target, problem) from problem
         raise
+    finally:
+        os.close(lock)
+
+
+def _lock(staging: Path, target: Path) -> int:
+    """Make the folder, or take over what a killed process left of it; returns the lock's file."""
+    while True:
+        if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
+            raise UsageError(f"{staging}: not a folder; remove it: {target} is prepared there")
+        staging.mkdir(exist_ok=True)
+        _check_staging(staging, target)
+        try:
+            lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:  # whoever had it has just finished
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.sameopenfile(lock, probe := os.open(staging / _LOCK, os.O_RDONLY)):
+                os.close(probe)
+                return lock
+            os.close(probe)
+        except BlockingIOError:
+            os.close(lock)
+            raise UsageError(
+                f"{target}: another moec is writing it; wait for that, or choose another name"
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+def _check_staging(staging: Path, target: Path) -> None:
+    """Refuse a folder that somebody else made: what is in it will be removed."""
+    strangers = sorted(
+        path.name for path in staging.iterdir() if path.name not in _STAGED or path.is_symlink()
+    )
+    if strangers or staging.stat().st_uid != os.geteuid():
+        raise UsageError(
+            f"{staging / strangers[0] if strangers else staging}: not made by this user's moec, "
+            f"which prepares {target} in that folder; move it away"
+        )
+
+
+def _not_written(target: Path, problem: OSError) -> ResourceError:
+    return ResourceError(f"{target}: cannot be written: {problem.strerror or problem}")
 
 
 def _remove(folder: Path) -> None:

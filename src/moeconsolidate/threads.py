@@ -7,15 +7,16 @@ depend on each other run side by side.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
-__all__ = ["side_by_side", "single_threaded_torch"]
+__all__ = ["in_order", "num_places", "side_by_side", "single_threaded_torch"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,3 +51,33 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
         return [work(item) for item in items]
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(work, items))
+
+
+def in_order(work: Callable[[T, int], R], items: Iterable[T]) -> Iterator[R]:
+    """Do independent work on several threads, a little ahead of whoever takes the results.
+
+    Args:
+        work: called with an item and a number below `num_places()`, which can name a buffer: no
+            two items have the same that are worked on, or whose result is still in use.
+        items: what to work on. Results come in their order, each valid until the next is asked for.
+    """
+    places, left = num_places(), enumerate(items)
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(places - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def begin_next() -> None:
+            for number, item in left:
+                waiting.append(pool.submit(work, item, number % places))
+                return
+
+        for _ in range(places - 1):
+            begin_next()
+        while waiting:
+            result = waiting.popleft().result()
+            begin_next()  # in the place of the result before this one
+            yield result
+
+
+def num_places() -> int:
+    """Items that `in_order` has at once: one for each thread, and the one whose result is used."""
+    return max(torch.get_num_threads(), _SPARE_THREADS.get()) + 1

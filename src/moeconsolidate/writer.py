@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 
 from moeconsolidate.digest import TensorDigest
+from moeconsolidate.journal import FinishedLayer, Journal
 from moeconsolidate.model_card import model_card
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan
-from moeconsolidate.publish import require_disk, staged_folder, write_file
+from moeconsolidate.plan import ConsolidationPlan, LayerPlan, Origin, Recipe
+from moeconsolidate.publish import (
+    JOURNAL_FOLDER,
+    PACK_FOLDER,
+    require_disk,
+    staged_folder,
+    write_file,
+)
+from moeconsolidate.threads import in_order
 from moeruntime import __version__
 from moeruntime.codes import NestedCode
+from moeruntime.errors import MoecError, ResourceError
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import (
     COMMON_FILE,
@@ -37,8 +46,10 @@ from moeruntime.tensorfile import FileDigest, TensorFileWriter, dtype_name
 
 __all__ = ["PackWriter"]
 
-SlotColumns = Callable[[int, slice], Tensor]
-"""(slot, columns) -> those weights of the slot's expert, flattened; valid until the next call."""
+SlotColumns = Callable[[int, slice, int], Tensor]
+"""(slot, columns, place) -> those weights of the slot's expert, flattened.
+
+Called from several threads, and valid until the next call with the same place (see `in_order`)."""
 
 RoutingTable = Sequence[Sequence[int]]
 """[layer][expert]: tokens routed to an expert, of ten thousand."""
@@ -57,16 +68,17 @@ class PackWriter:
         family: str,
         config: ModelConfig,
         expert_dtype: torch.dtype,
+        journal: Journal,
     ) -> None:
-        """Write into `folder`, which is there and empty."""
-        self._folder = folder
+        """Write into `folder`, which is there and holds what `journal` knows."""
+        self._folder, self._journal = folder, journal
         self._names = tuple(names)
         self._family, self._config, self._expert_dtype = family, config, expert_dtype
         self._files: dict[str, PackedFile] = {}
         self._tensors: list[dict[str, TensorRef]] = [{} for _ in names]
-        self._tensor_bytes = 0
+        self._tensor_bytes = self._reserved_bytes = 0
         for inside in ("experts", *map(variant_folder, self._names)):
-            (folder / inside).mkdir(parents=True)
+            (folder / inside).mkdir(parents=True, exist_ok=True)
 
     @classmethod
     @contextmanager
@@ -80,6 +92,9 @@ class PackWriter:
     ) -> Iterator[PackWriter]:
         """Yield a writer whose pack appears at `target` when the block ends well, and never else.
 
+        What ends the block early leaves finished layers to the next run, unless the input was at
+        fault.
+
         Args:
             target: a path that does not exist, in a folder that does.
             names: the variants, in order.
@@ -88,11 +103,36 @@ class PackWriter:
             expert_dtype: what experts are stored as.
 
         Raises:
-            UsageError: `target` has appeared meanwhile.
+            UsageError: `target` has appeared meanwhile, or somebody else is writing it.
             ResourceError: the disk is full, read-only or broken.
         """
-        with staged_folder(target) as folder:
-            yield cls(folder, names, family, config, expert_dtype)
+        journal: Journal | None = None
+
+        def kept(problem: BaseException) -> str | None:
+            at_fault = isinstance(problem, MoecError) and not isinstance(problem, ResourceError)
+            if journal is None or not journal.num_finished or at_fault:
+                return None
+            return f"{journal.num_finished} finished layers are kept"
+
+        with staged_folder(target, kept=kept) as staging:
+            folder = staging / PACK_FOLDER
+            journal = Journal(staging / JOURNAL_FOLDER, folder)
+            yield cls(folder, names, family, config, expert_dtype, journal)
+
+    def take_over(self, layer: int, key: str) -> LayerPlan | None:
+        """Keep what an earlier run wrote of a layer, if its key was the same; returns its plan."""
+        finished = self._journal.take_over(layer, key)
+        if finished is None:
+            return None
+        self._files |= finished.files
+        self._tensor_bytes += finished.tensor_bytes
+        return finished.plan
+
+    def note_layer(self, key: str, recipe: Recipe, plan: LayerPlan) -> None:
+        """Let whoever comes after a crash know that a layer has been written."""
+        paths = (layer_file(plan.layer), *(private_file(one, plan.layer) for one in self._names))
+        files = {path: self._files[path] for path in paths if path in self._files}
+        self._journal.note(key, recipe, FinishedLayer(plan, files, self._reserved_bytes))
 
     def write_layer(self, plan: LayerPlan, slot_columns: SlotColumns) -> None:
         """Write one layer's experts: gate_up [slots, 2I, H], then down [slots, H, I].
@@ -107,13 +147,17 @@ class PackWriter:
             (name, self._expert_dtype, (num_slots, *shape)) for name, shape in tensors.items()
         ]
         self._reserve(num_slots * self._config.expert_numel * self._expert_dtype.itemsize)
+        pieces = [(name, slot) for name in tensors for slot in range(num_slots)]
+        split = 2 * inner * hidden
+        columns = {"gate_up": slice(0, split), "down": slice(split, None)}
+
+        def merge(piece: tuple[str, int], place: int) -> Tensor:
+            name, slot = piece
+            return slot_columns(slot, columns[name], place).view(1, *tensors[name])
+
         with TensorFileWriter(self._folder / path, declared) as file:
-            start = 0
-            for name, shape in tensors.items():
-                columns = slice(start, start + shape[0] * shape[1])
-                for slot in range(num_slots):
-                    file.append(name, slot_columns(slot, columns).view(1, *shape))
-                start = columns.stop
+            for (name, _), merged in zip(pieces, in_order(merge, pieces), strict=True):
+                file.append(name, merged)
             self._add(path, file.finish())
 
     def write_coded_layer(
@@ -184,6 +228,7 @@ class PackWriter:
         separate_bytes: int,
         nested: Mapping[str, NestedCode] | None = None,
         routing: Mapping[str, RoutingTable] | None = None,
+        origins: Mapping[str, Origin] | None = None,
     ) -> Manifest:
         """Write the model card and, last of all, the manifest.
 
@@ -194,6 +239,7 @@ class PackWriter:
             nested: how shared codes are stored, where they are.
             routing: variant -> how often its experts were used in calibration, where there was one;
                 left out of the pack where it has more than MAX_ROUTING numbers.
+            origins: variant -> where on the hub it is from, for those that are.
         """
         card = model_card(
             self._names,
@@ -202,6 +248,7 @@ class PackWriter:
             self._config,
             pack_bytes=self._tensor_bytes,
             separate_bytes=separate_bytes,
+            base_models=[one.repo for one in (origins or {}).values()],
         )
         self._write_small("README.md", card)
         manifest = Manifest(
@@ -225,7 +272,7 @@ class PackWriter:
             ),
             files=self._files,
             recipe=plan.recipe.to_json(),
-            provenance={"moec": __version__} | _bounded(routing),
+            provenance={"moec": __version__} | _bounded(routing) | _told(origins),
             nested=nested,
         )
         write_file(self._folder / MANIFEST_NAME, manifest.to_bytes())
@@ -267,7 +314,16 @@ class PackWriter:
     def _reserve(self, num_bytes: int) -> None:
         """Check the room for tensors that are about to be written, and count them."""
         require_disk(self._folder.parent, num_bytes)
+        self._reserved_bytes = num_bytes
         self._tensor_bytes += num_bytes
+
+
+def _told(origins: Mapping[str, Origin] | None) -> dict[str, object]:
+    """The entry of the provenance that models of the hub make."""
+    if not origins:
+        return {}
+    told = {name: {"hub": one.repo, "commit": one.commit} for name, one in origins.items()}
+    return {"origins": told}
 
 
 def _bounded(routing: Mapping[str, RoutingTable] | None) -> dict[str, object]:

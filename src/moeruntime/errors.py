@@ -8,17 +8,19 @@
     │   ├── CheckpointError                      a checkpoint folder, its shards or its config
     │   ├── TokenizerError                       a tokenizer or a chat template
     │   └── RequestError                         a request an engine cannot serve
-    ├── IntegrityError             exit code 5   a pack is not what its manifest says
+    ├── HubError                   exit code 4   the hub cannot be reached, or refuses
+    ├── IntegrityError             exit code 5   a pack or a download is not what it should be
     └── ResourceError              exit code 6   memory, disk or device is missing
 
-Each message is one line that names the file, the value and the way out. Exit code 4 (network and
-authorisation) is reserved for the hub; 130 and 143 are the signals'.
+Each message is one line that names the file, the value and the way out. Exit codes 130 and 143 are
+the signals'.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "HubError",
     "InputError",
     "IntegrityError",
     "MoecError",
@@ -59,8 +61,14 @@ class RequestError(InputError):
     """A request names an unknown variant, or does not fit the model."""
 
 
+class HubError(MoecError):
+    """The hub cannot be reached, does not have what was asked for, or refuses to give it."""
+
+    exit_code = 4
+
+
 class IntegrityError(MoecError):
-    """A pack does not hold what its manifest says."""
+    """A pack does not hold what its manifest says, or a download what the hub lists."""
 
     exit_code = 5
 

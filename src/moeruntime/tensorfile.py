@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -349,7 +350,11 @@ class TensorFileWriter:
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
         self._file = path.open("xb")
-        self._write(len(raw).to_bytes(8, "little") + raw)
+        try:
+            self._write(len(raw).to_bytes(8, "little") + raw)
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -384,6 +389,11 @@ class TensorFileWriter:
         return FileDigest(self._num_bytes, self._sha256.hexdigest())
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._sha256.update(data)
+        # Hashing takes about as long as writing, and neither needs the other.
+        hashing = Thread(target=self._sha256.update, args=(data,))
+        hashing.start()
+        try:
+            self._file.write(data)
+        finally:
+            hashing.join()
         self._num_bytes += len(data)

@@ -296,7 +296,7 @@ def test_50_variants_that_differ_in_case(refused: Refused, models: Path, tmp_pat
     refused(2, [str(models / "a"), str(models / "b"), "'X' (case is"], "consolidate", *arguments)
 
 
-def test_59_the_revision_a_config_names_decides_nothing(
+def test_59_the_folder_a_config_names_decides_nothing(
     moec: Moec, models: Path, tmp_path: Path
 ) -> None:
     """transformers writes where a model was loaded from, which need not be what it came from."""

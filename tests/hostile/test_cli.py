@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import tree_digests
 from hostile.attacks import HELPERS, MOEC, edit_json, entries, one_line
 from hostile.conftest import Moec, Refused
 
@@ -75,7 +76,7 @@ def test_options(
         (["a", "=b"], 2, ["'' is not a variant name"]),
         (["a", "x="], 2, ["names no model"]),
         (["a", "../x=b"], 3, ["../x=b: no such folder"]),
-        (["a", "org/model"], 3, ["org/model: no such folder", "hub ids are not fetched"]),
+        (["a", "none/x/y"], 3, ["none/x/y: no such folder", "or ORG/NAME[@REVISION] on the hub"]),
         (["a", "https://example.org/model"], 3, ["no such folder"]),
         (["a", "a/config.json"], 3, ["a/config.json: not a folder"]),
         (["a", ""], 2, ["names no model"]),
@@ -490,18 +491,31 @@ FIRST, LAST = "experts: 1 of 2", "other weights: 1 of 2"
     ],
     ids=lambda signals: "92-" + "-".join(f"{place.split(':')[0]}+{n}" for place, n in signals),
 )
-def test_92_signals_leave_nothing(
+def test_92_signals_leave_nothing_broken(
     signals: list[tuple[str, int]],
     interrupt: Callable[..., list[tuple[int, str]]],
+    moec: Moec,
     models: Path,
+    bad_pack: Path,
     tmp_path: Path,
 ) -> None:
-    folders = [models / "a", models / "b"]
-    [(code, err)] = interrupt(signals, "consolidate", *folders, "--out", tmp_path / "out")
+    """Finished layers are kept, if there are any, and said to be; the same call goes on there."""
+    arguments = ["consolidate", models / "a", models / "b", "--out", tmp_path / "out"]
+    [(code, err)] = interrupt(signals, *arguments)
     assert code == (130 if signals[0][1] == INT else 143), err
-    lines = err.splitlines()
+    said = [line for line in err.splitlines() if line.startswith("moec: ")]
+    lines = [line for line in err.splitlines() if line not in said]
     assert all(line.startswith(("experts: ", "other weights: ")) for line in lines), err
-    assert entries(tmp_path) == []
+    if FIRST in err or signals[0][0] == "flushing":
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+        assert [line.split(";")[0] for line in said] in (
+            [f"moec: warning: {n} finished layers are kept"] for n in (1, 2)
+        )
+        assert moec(*arguments)[0] == 0
+        assert tree_digests(tmp_path / "out") == tree_digests(bad_pack)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    else:
+        assert entries(tmp_path) == said == []
 
 
 @pytest.mark.parametrize("number", [INT, TERM])
@@ -516,12 +530,12 @@ def test_92_signals_while_generating(
 def test_84_two_writers_of_one_pack(
     interrupt: Callable[..., list[tuple[int, str]]], moec: Moec, models: Path, tmp_path: Path
 ) -> None:
-    """Whoever is first to finish wins; the other is told, and takes its own away."""
+    """Whoever is first writes; the other is told, and touches nothing."""
     out = tmp_path / "out"
     arguments = ["consolidate", models / "a", models / "b", "--out", out, "--quiet"]
     answers = interrupt([], *arguments, copies=2)
     (loser,) = [err for code, err in answers if code == 2]
     assert sorted(code for code, _ in answers) == [0, 2]
-    assert f"{out}: appeared while it was being written; left as it is" in one_line(loser)
+    assert f"{out}: another moec is writing it; wait for that" in one_line(loser)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert moec("verify", out, "--quiet")[0] == 0

@@ -3,9 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moeconsolidate.plan import ConsolidationPlan, ExpertRef, LayerPlan, Recipe
+from moeruntime.codes import PrivateCode
 from moeruntime.errors import InputError, UsageError
+from moeruntime.strict_json import canonical_json
 
 
 def example() -> ConsolidationPlan:
@@ -66,3 +70,36 @@ def test_unknown_choices_name_the_known_ones() -> None:
 def test_only_threshold_one_is_lossless() -> None:
     assert Recipe(threshold=1.0).lossless
     assert not Recipe(threshold=0.9999).lossless
+
+
+NAMES = st.text('ab.é\n"', max_size=4)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> ConsolidationPlan:
+    """Any sharing of a few experts, with any private codes."""
+    num_experts, num_variants = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    code = draw(st.sampled_from(["plain", "nested"]))
+    codes = st.sampled_from([PrivateCode(0, 0), PrivateCode(1, 5), PrivateCode(3, 2)])
+    layers = []
+    for layer in range(draw(st.integers(0, 3))):
+        drawn = draw(st.lists(st.integers(0, 5), min_size=12, max_size=12))
+        order: dict[int, int] = {}
+        labels = [order.setdefault(one, len(order)) for one in drawn[: num_experts * num_variants]]
+        made = LayerPlan.from_labels(layer, labels, num_experts)
+        if code == "nested":
+            made = made.with_codes(
+                [[(draw(codes), draw(codes)) for _ in members] for members in made.slots]
+            )
+        layers.append(made)
+    recipe = Recipe(draw(st.floats(0, 1)), code=code, texts=draw(st.dictionaries(NAMES, NAMES)))
+    return ConsolidationPlan(recipe, tuple(layers))
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_any_plan_comes_back_from_json(plan: ConsolidationPlan) -> None:
+    document = canonical_json(plan.to_json())
+    again = ConsolidationPlan.from_bytes(document, "plan")
+    assert again == plan
+    assert canonical_json(again.to_json()) == document

@@ -120,3 +120,22 @@ def test_cka_of_what_has_none_is_refused(value: float, complaint: str) -> None:
     torch.manual_seed(0)
     with pytest.raises(CheckpointError, match=f"^row 1: .*neuron deviation.*{complaint}"):
         cka([torch.randn(9, 4), torch.full((9, 4), value)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_compare_as_they_do_in_float64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    common = torch.randn(1, 300_001, generator=generator)
+    rows = (common + torch.randn(6, 300_001, generator=generator)).to(dtype)
+    exact = rows.double() @ rows.double().T
+    norms = exact.diagonal().sqrt()
+    expected = (exact / norms / norms[:, None]).float()
+    found = cosine_similarity(rows, describe=str)
+    assert (found - expected).abs().max() <= 2**-23
+
+
+@pytest.mark.parametrize("scale", [2.0**-70, 2.0**70])
+def test_squares_that_float32_cannot_hold(scale: float) -> None:
+    rows = torch.tensor([[3.0, 4.0], [4.0, 3.0], [1.0, 0.0]]).bfloat16()
+    found = cosine_similarity(rows * scale, describe=str)
+    assert torch.equal(found, cosine_similarity(rows.float(), describe=str))

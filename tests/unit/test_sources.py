@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moeconsolidate.sources import Source, parse_sources
+from moeconsolidate.sources import HubRef, Source, parse_hub_ref, parse_sources
 from moeruntime.errors import CheckpointError, UsageError
 
 
@@ -60,10 +60,27 @@ def test_calls_that_make_no_sense(models: list[str] | str, complaint: str) -> No
         parse_sources(models)
 
 
-@pytest.mark.parametrize("model", ["none", "x=none", "org/model", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("none", "x=none", "x" * 5000, "a\0b", "./org/model", "../x/y", "/org/model", "a/b/c"),
+        *("org/", "org/model@", "org/mo--del", "org/model.git", "org/..", "https://org/model"),
+        *("org/model@../x", "org/model@a..b", "org/model\n", "a/b\0", "org/model@-x"),
+    ],
+)
 def test_folders_that_are_not_there(model: str) -> None:
-    with pytest.raises(CheckpointError, match="no such folder; MODEL must be a downloaded"):
+    with pytest.raises(CheckpointError, match="no such folder; MODEL must be a checkpoint folder"):
         parse_sources(["a", model])
+
+
+def test_models_of_the_hub() -> None:
+    assert parse_sources(["a", "org/model"])[1] == Source("model", HubRef("org/model"))
+    assert parse_sources(["a", "x=org/model@v1.0"])[1] == Source("x", HubRef("org/model", "v1.0"))
+    assert parse_hub_ref("org/model@refs/pr/1") == HubRef("org/model", "refs/pr/1")
+    assert names("org/m", "n=org/m@other") == ["m", "n"]
+    assert parse_sources(["b", "sub/a"])[1].origin == Path("sub/a")  # a folder that is there wins
+    with pytest.raises(UsageError, match="'m' and 'n' are the same model org/m"):
+        parse_sources(["org/m", "n=org/m@main"])
 
 
 def test_a_link_to_a_folder_already_given(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moeconsolidate.threads import side_by_side, single_threaded_torch
+from moeconsolidate.threads import in_order, num_places, side_by_side, single_threaded_torch
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +56,31 @@ def test_a_failure_comes_through() -> None:
     with pytest.raises(ValueError, match="item 0"), single_threaded_torch():
         side_by_side(fail, range(3))
     assert torch.get_num_threads() == 3
+
+
+def test_results_keep_their_order_and_places_are_not_shared() -> None:
+    in_use: set[int] = set()
+    lock = threading.Lock()
+
+    def work(item: int, place: int) -> tuple[int, int]:
+        with lock:
+            assert place not in in_use
+            in_use.add(place)
+        return item, place
+
+    for expected, (item, place) in enumerate(in_order(work, range(20))):
+        assert item == expected
+        assert place < num_places() == 4
+        with lock:
+            in_use.discard(place)
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_turn() -> None:
+    def work(item: int, _: int) -> int:
+        return 10 // (3 - item)
+
+    taken = []
+    with pytest.raises(ZeroDivisionError):
+        for result in in_order(work, range(6)):
+            taken.append(result)
+    assert taken == [3, 5, 10]

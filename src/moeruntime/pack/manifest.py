@@ -24,6 +24,7 @@ __all__ = [
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "SIGNATURE_NAME",
     "ExpertCodes",
     "Face",
     "Manifest",
@@ -42,6 +43,9 @@ FORMAT_VERSION = (0, 3)
 
 FORMAT_NAME = "moec-pack"
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "model.sig"
+"""May lie beside the manifest, which cannot hold its digest; the compiler makes and checks it."""
+
 COMMON_FILE = "variants/common.safetensors"
 EXPERT_PARTS = ("gate_up", "down")
 """An expert's two matrices, [2I, H] with the gate rows first, and [H, I]."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moeruntime.errors import IntegrityError
-from moeruntime.pack.manifest import MANIFEST_NAME, Manifest
+from moeruntime.pack.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from moeruntime.pack.reader import Pack
 
 __all__ = ["verify_pack"]
@@ -36,7 +36,7 @@ def verify_pack(root: Path | str, *, on_file: Callable[[str, int], None] | None 
 
 
 def _check_no_extra(root: Path, manifest: Manifest) -> None:
-    known = {*manifest.files, MANIFEST_NAME}
+    known = {*manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
     folders = {str(parent) for path in known for parent in Path(path).parents}
     for folder, subfolders, files in os.walk(root):
         for name in sorted(subfolders):
