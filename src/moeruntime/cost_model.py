@@ -26,9 +26,7 @@ class StepCost:
 
     def step_s(self, num_decodes: int, num_prompt_tokens: int) -> float:
         """What a step takes."""
-        return (
-            self.base_s + self.decode_s * num_decodes + self.prompt_token_s * num_prompt_tokens
-        )
+        return self.base_s + self.decode_s * num_decodes + self.prompt_token_s * num_prompt_tokens
 
     def prompt_tokens_within(self, limit_s: float, num_decodes: int) -> int:
         """Prompt tokens that a step may have beside its decodes to take no longer than this."""
@@ -52,7 +50,9 @@ class LearnedCost:
         self._products = [[0.0] * 3 for _ in range(3)]
         self._moments = [0.0] * 3
         for num_decodes, num_prompt_tokens in ((0, 0), (1, 0), (16, 0), (0, 256), (8, 128)):
-            self._count(num_decodes, num_prompt_tokens, start.step_s(num_decodes, num_prompt_tokens))
+            self._count(
+                num_decodes, num_prompt_tokens, start.step_s(num_decodes, num_prompt_tokens)
+            )
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, elapsed_s: float) -> None:
         """Learn from one step."""
@@ -74,9 +74,7 @@ class LearnedCost:
     def _fit(self) -> None:
         base, decode, prompt = _solve(self._products, self._moments)
         # Noise can turn a small coefficient negative; the least that makes sense is used instead.
-        self.cost = StepCost(
-            max(base, 0.0), max(decode / 16, 1e-7), max(prompt / 256, 1e-8)
-        )
+        self.cost = StepCost(max(base, 0.0), max(decode / 16, 1e-7), max(prompt / 256, 1e-8))
 
 
 def _features(num_decodes: int, num_prompt_tokens: int) -> tuple[float, float, float]:

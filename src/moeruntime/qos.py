@@ -7,7 +7,7 @@ requests decode in.
 - **Fair sharing.** A variant's virtual time is the device time it was given over its weight. Who is
   no further ahead than `LAG_S` of the least served is eligible. A variant that comes back from a
   pause starts at the least served, so it can save nothing up. (Start-time fair queueing, Goyal et
-  al. 1996; eligibility as in EEVDF, Stoica and Abdel-Wahab 1995, without its requests of fixed size.)
+  al. 1996; eligibility as in EEVDF, Stoica and Abdel-Wahab 1995, without its fixed requests.)
 - **Deadlines.** Of those eligible, the earliest deadline goes first; inside a variant that is the
   order of arrival.
 - **Places kept free.** Nothing that runs is preempted, so a flood must not get every place in the
@@ -178,6 +178,11 @@ class FairShare:
     def observe(self, elapsed_s: float) -> None:
         """The step last put together took this long."""
         self._cost.observe(*self._last_step, elapsed_s)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache it was bound to."""
+        return self._num_blocks
 
     def num_waiting(self, variant: str) -> int:
         """How many of one variant wait."""

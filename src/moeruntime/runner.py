@@ -156,9 +156,7 @@ class Runner:
         arrived.record(torch.cuda.current_stream(self.device))
         return Launched(sequences, repeats, tokens, arrived, logprobs)
 
-    def _look_at_prompts(
-        self, chunks: Sequence[Chunk], batch: Batch, hidden_TH: Tensor
-    ) -> None:
+    def _look_at_prompts(self, chunks: Sequence[Chunk], batch: Batch, hidden_TH: Tensor) -> None:
         """Note what the model thinks of the prompts of those that ask; waits for the device."""
         for chunk, (start, stop, _) in zip(chunks, batch.spans, strict=True):
             if not _asks_of_prompt(chunk):

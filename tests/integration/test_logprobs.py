@@ -1,4 +1,4 @@
-"""Log-probabilities of what is generated and of prompts, against transformers and `Engine.score`."""
+"""Log-probabilities of answers and prompts, against transformers and `Engine.score`."""
 
 from __future__ import annotations
 
