@@ -64,10 +64,10 @@ def wanted_logprobs(
     if logits_NV.is_cuda:
         rows_W = rows_W.pin_memory().to(logits_NV.device, non_blocking=True)
     most = max(count for count in num_top if count is not None)
-    parts = _look(logits_NV[rows_W], tokens_N[rows_W], most)
+    chosen_W, ids_WK, top_WK = _look(logits_NV[rows_W], tokens_N[rows_W], most)
     if logits_NV.is_cuda:
-        parts = tuple(_to_host(part) for part in parts)
-    return PendingLogprobs(num_top, *parts)
+        chosen_W, ids_WK, top_WK = _to_host(chosen_W), _to_host(ids_WK), _to_host(top_WK)
+    return PendingLogprobs(num_top, chosen_W, ids_WK, top_WK)
 
 
 def logprobs_of(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[TokenLogprobs]:

@@ -156,7 +156,8 @@ class EngineLoop:
                 return False
             if what == "submit":
                 self._submit(engine, job)
-            elif job.request_id is not None and self._jobs.pop(job.request_id, None):
+            elif job.request_id is not None and job.request_id in self._jobs:
+                del self._jobs[job.request_id]
                 engine.abort(job.request_id)
                 self._note_state(engine)
 
@@ -171,7 +172,7 @@ class EngineLoop:
     def _hand_over(self, events: Sequence[tuple[Job, Event]]) -> None:
         """To the event loop, in one call."""
         if events:
-            self._call(lambda: [job.events.put_nowait((job.choice, one)) for job, one in events])
+            self._call(lambda: _put(events))
 
     def _call(self, work: Callable[[], object]) -> None:
         assert self._loop is not None
@@ -207,6 +208,11 @@ class EngineLoop:
             {part: size for part, size in parts.items() if size},
             str(engine.device),
         )
+
+
+def _put(events: Sequence[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.events.put_nowait((job.choice, event))
 
 
 def _warm_up(engine: Engine) -> None:

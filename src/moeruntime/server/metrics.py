@@ -49,7 +49,7 @@ class Metrics:
 
     def __init__(self, loop: EngineLoop, variants: Sequence[str]) -> None:
         """Begin at nothing, with every variant named so that rates are known from the start."""
-        disable_created_metrics()  # they double the lines, and say only when a label was met
+        disable_created_metrics()  # type: ignore[no-untyped-call] # they double the lines, and say only when a label was met
         self.registry = CollectorRegistry(auto_describe=False)
         names, registry = ("model_name",), self.registry
 

@@ -183,7 +183,7 @@ def _prompts(fields: Fields) -> tuple[Prompt, ...]:
     """A text, token ids, or a list of either."""
     raw = fields.raw("prompt")
     if isinstance(raw, str):
-        return (fields.text("prompt"),)
+        return (_text_prompt(fields),)
     if not isinstance(raw, list) or not raw:
         fields.fail("field 'prompt' must be a text, a list of token ids, or a list of either")
     if all(isinstance(one, int) and not isinstance(one, bool) for one in raw):
@@ -196,8 +196,15 @@ def _prompts(fields: Fields) -> tuple[Prompt, ...]:
         if isinstance(one, list):
             prompts.append(inner.integers("prompt", 0, MAX_TOKEN_ID))
         else:
-            prompts.append(inner.text("prompt"))
+            prompts.append(_text_prompt(inner))
     return tuple(prompts)
+
+
+def _text_prompt(fields: Fields) -> str:
+    text = fields.text("prompt")
+    if not text:
+        fields.fail("field 'prompt' is empty: there is nothing to go on from")
+    return text
 
 
 def _messages(fields: Fields) -> tuple[Message, ...]:

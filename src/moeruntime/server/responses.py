@@ -66,11 +66,10 @@ class Shaper:
 
     def _whole(self, choice: int, output: Output) -> dict[str, Any]:
         said: dict[str, Any] = {"index": choice, "finish_reason": output.finish_reason}
+        output_text, ids, logprobs = output.text, output.token_ids, output.logprobs
         if self._asked.prompt_only:
             output_text, ids, logprobs = "", (), ()
             said["finish_reason"] = "length"
-        else:
-            output_text, ids, logprobs = output.text, output.token_ids, output.logprobs
         if self._chat:
             said["message"] = {"role": "assistant", "content": output_text, "refusal": None}
             said["logprobs"] = self._chat_logprobs(ids, logprobs)
@@ -95,7 +94,8 @@ class Shaper:
         said: dict[str, Any] = {"index": choice, "finish_reason": None}
         if delta.output is not None:
             said["finish_reason"] = delta.output.finish_reason
-        text, pairs = delta.text, _pairs(delta)
+        text = delta.text
+        pairs = [] if delta.logprobs is None else [(delta.token_ids[0], delta.logprobs)]
         if self._asked.prompt_only:
             text, pairs, said["finish_reason"] = "", [], "length"
         else:
@@ -106,11 +106,12 @@ class Shaper:
                 [token for token, _ in pairs], [one for _, one in pairs]
             )
         else:
+            of_prompt: list[tuple[int, TokenLogprobs | None]] = []
             if self._asked.echo and not self._places[choice].begun:
                 text = self._echo(choice) + text
-                pairs = [*self._of_prompt(choice, delta.prompt_logprobs), *pairs]
+                of_prompt = self._of_prompt(choice, delta.prompt_logprobs)
             said["text"] = text
-            said["logprobs"] = self._logprobs(choice, pairs)
+            said["logprobs"] = self._logprobs(choice, [*of_prompt, *pairs])
             self._places[choice].begun = True
         if text or pairs or said["finish_reason"]:
             yield self._chunk(said)
@@ -200,7 +201,3 @@ class Shaper:
         decode = self._text.tokenizer.decode
         alone = decode([token], skip_special_tokens=False)
         return decode([token, token], skip_special_tokens=False)[len(alone) :]
-
-
-def _pairs(delta: Delta) -> list[tuple[int, TokenLogprobs]]:
-    return [] if delta.logprobs is None else [(delta.token_ids[0], delta.logprobs)]
