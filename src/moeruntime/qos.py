@@ -6,14 +6,15 @@ requests decode in.
 
 - **Fair sharing.** A variant's virtual time is the device time it was given over its weight. Who is
   no further ahead than `LAG_S` of the least served is eligible. A variant that comes back from a
-  pause starts at the least served, so it can save nothing up. (Start-time fair queueing, Goyal et
-  al. 1996; eligibility as in EEVDF, Stoica and Abdel-Wahab 1995, without its fixed requests.)
+  pause starts a little behind the least served: it goes first, and has saved no more up.
+  (Start-time fair queueing, Goyal et al. 1996; eligibility as in EEVDF, Stoica and Abdel-Wahab
+  1995, without its fixed requests.)
 - **Deadlines.** Of those eligible, the earliest deadline goes first; inside a variant that is the
   order of arrival.
 - **Places kept free.** Nothing that runs is preempted, so a flood must not get every place in the
   batch, nor every cache block. A variant may always have its share by weight; beyond it, only what
-  others do not look like using: of every other variant, as many places are kept as it had requests
-  at once lately, and one more.
+  others do not look like using: of every other variant, `HEADROOM` times as many places are kept
+  as it had requests at once lately, and one more.
 """
 
 from __future__ import annotations
@@ -37,17 +38,25 @@ __all__ = ["FairShare", "Targets", "read_targets"]
 LAG_S = 0.05
 """Device time that a variant may be ahead of the least served and still be eligible."""
 
+CREDIT_S = 0.03
+"""Device time by which a variant that comes back from a pause is behind the others."""
+
+HEADROOM = 3.0
+MIN_SHARE_TO_KEEP = 4
+
 MEMORY_S = 30.0
 """In this time the memory of how many requests a variant had at once fades to a third."""
 
-MIN_PROMPT_TOKENS = 64
+MIN_PROMPT_TOKENS = 256
 """A step takes at least so many prompt tokens, however tight the targets: prompts must get on."""
 
 MIN_TIMES_PASSED = 4
-"""Who finds no slot is passed so often even after its deadline, or every activation would serve a
-single request once all are late."""
+"""Who finds no slot is passed so often even if late, or an activation would serve one request."""
 
-START_COST = StepCost(base_s=5e-3, decode_s=5e-4, prompt_token_s=1e-4)
+LATE = 4.0
+"""A slot is drained for who waits this many times the target; draining leaves places empty."""
+
+START_COST = StepCost(base_s=5e-3, decode_s=5e-4, prompt_s=5e-3, prompt_token_s=1e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +188,11 @@ class FairShare:
         """The step last put together took this long."""
         self._cost.observe(*self._last_step, elapsed_s)
 
+    def forget(self) -> None:
+        """Nobody has asked for anything yet: what came before, as a warm-up, does not count."""
+        for tenant in self._tenants.values():
+            tenant.virtual_s = tenant.peak = 0.0
+
     @property
     def num_blocks(self) -> int:
         """Blocks of the cache it was bound to."""
@@ -198,7 +212,7 @@ class FairShare:
         """Give the sequence its deadline and queue it."""
         tenant = self._tenants[seq.variant]
         if not tenant.busy:
-            tenant.virtual_s = max(tenant.virtual_s, self._least_served_s())
+            tenant.virtual_s = max(tenant.virtual_s, self._least_served_s() - CREDIT_S)
         seq.arrived_s = self._clock()
         seq.deadline_s = seq.arrived_s + tenant.targets.ttft_s
         tenant.waiting.append(seq)
@@ -243,7 +257,7 @@ class FairShare:
     def heads(self) -> Iterator[TokenSequence]:
         """The first of every variant, most wanted first."""
         heads = [tenant.waiting[0] for tenant in self._tenants.values() if tenant.waiting]
-        return iter(sorted(heads, key=self.urgency))
+        return iter(sorted(heads, key=self._urgency))
 
     def candidates(self, passed: Collection[str] = ()) -> Iterator[TokenSequence]:
         """As `WaitingRoom.candidates`; a variant whose head was not admitted is left out then."""
@@ -253,7 +267,7 @@ class FairShare:
             allowed = [seq for seq in heads if self._may_run(seq)]
             if not allowed:
                 return
-            best = min(allowed, key=self.urgency)
+            best = min(allowed, key=self._urgency)
             yield best
             waiting = self._tenants[best.variant].waiting
             if not waiting or waiting[0] is best or best.variant in passed:
@@ -261,8 +275,11 @@ class FairShare:
 
     def overdue(self, seq: TokenSequence) -> bool:
         """Passed too often, or for too long."""
-        late = self._clock() > seq.deadline_s and seq.times_passed >= MIN_TIMES_PASSED
-        return late or seq.times_passed >= MAX_TIMES_PASSED
+        waited_s = self._clock() - seq.arrived_s
+        late = waited_s > LATE * self._tenants[seq.variant].targets.ttft_s
+        return (
+            late and seq.times_passed >= MIN_TIMES_PASSED
+        ) or seq.times_passed >= MAX_TIMES_PASSED
 
     def prompt_tokens(self, decoding: Sequence[TokenSequence]) -> int | None:
         """What keeps the step within the tightest time per token of those that decode."""
@@ -272,13 +289,21 @@ class FairShare:
         fitting = self.cost.prompt_tokens_within(tightest_s, len(decoding))
         return max(MIN_PROMPT_TOKENS, fitting)
 
-    def urgency(self, seq: TokenSequence) -> tuple[float, ...]:
+    def order_prompts(self, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Most urgent first."""
+        return sorted(prompts, key=self._urgency)
+
+    def _urgency(self, seq: TokenSequence) -> tuple[float, ...]:
         """Eligible variants by deadline, then the others, the least served first."""
-        tenant = self._tenants[seq.variant]
-        ahead_s = tenant.virtual_s - self._least_served_s()
-        if ahead_s <= LAG_S / tenant.targets.weight:
+        ahead_s = self._ahead_s(seq)
+        if ahead_s <= LAG_S:
             return (0.0, seq.deadline_s, seq.arrived_s)
         return (1.0, ahead_s, seq.arrived_s)
+
+    def _ahead_s(self, seq: TokenSequence) -> float:
+        """How far its variant is ahead of the least served; a heavy one may be further."""
+        tenant = self._tenants[seq.variant]
+        return (tenant.virtual_s - self._least_served_s()) * tenant.targets.weight
 
     # -- shares ------------------------------------------------------------------------------------
 
@@ -318,6 +343,11 @@ class FairShare:
         return free >= 1 and seq.num_blocks_needed <= free_blocks
 
     def _kept(self, tenant: _Tenant, now_s: float) -> int:
-        """Places of a variant that others leave free."""
-        share = max(1, int(tenant.targets.weight / self._total_weight * self._max_sequences))
-        return min(share, math.ceil(self._faded(tenant, now_s) - 0.5) + 1)
+        """Places of a variant that others leave free; none while it waits for a resident slot."""
+        if tenant.waiting and not tenant.num_running and not tenant.waiting[0].holds_slot:
+            return 0
+        share = int(tenant.targets.weight / self._total_weight * self._max_sequences)
+        peak = self._faded(tenant, now_s)
+        if peak < 0.5:  # idle for long; a place that stays empty for it must be a small part
+            return int(share >= MIN_SHARE_TO_KEEP)
+        return min(max(1, share), math.ceil(HEADROOM * peak - 0.5) + 1)

@@ -139,7 +139,7 @@ class Scheduler:
         prompt_tokens = self.waiting.prompt_tokens(decoding)
         budget = budget if prompt_tokens is None else min(budget, prompt_tokens)
         chunks = [Chunk(seq, 1) for seq in decoding]
-        for seq in sorted(prompts, key=self.waiting.urgency):
+        for seq in self.waiting.order_prompts(prompts):
             count = min(seq.num_pending, budget)
             if count == 0:
                 break

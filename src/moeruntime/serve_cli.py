@@ -69,7 +69,7 @@ def serve(
     kept_layers: KeptLayers = None,
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Sequences that run at once; on CUDA at most 256.")
-    ] = 32,
+    ] = 64,
     max_step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 2048,
     max_queue: Annotated[
         int,

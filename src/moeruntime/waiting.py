@@ -73,8 +73,8 @@ class WaitingRoom(Protocol):
         """Most prompt tokens in a step in which these decode; None leaves it to the step."""
         ...
 
-    def urgency(self, seq: TokenSequence) -> tuple[float, ...]:
-        """What running prompts are sorted by, least first."""
+    def order_prompts(self, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """Which running prompts go on in this step, most urgent first; at least one of them."""
         ...
 
 
@@ -128,6 +128,6 @@ class ArrivalOrder:
         """Whatever the step has room for."""
         return None
 
-    def urgency(self, seq: TokenSequence) -> tuple[float, ...]:
-        """All alike: the order of admission stays."""
-        return ()
+    def order_prompts(self, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
+        """All of them, in order of admission."""
+        return list(prompts)

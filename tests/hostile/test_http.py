@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from server_fixtures import Server, serving
+from _serving import Server, serving
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,9 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "math", "messages": [{"role": "user", "content": "a"}], **fields}
 
 
-@pytest.mark.parametrize("body", [b"42", b"null", b"[]", b"{{{", b"", b'"a"', b"\xff", b"[" * 10**5])
+@pytest.mark.parametrize(
+    "body", [b"42", b"null", b"[]", b"{{{", b"", b'"a"', b"\xff", b"[" * 10**5]
+)
 def test_bodies_that_are_no_object(server: Server, body: bytes) -> None:
     answer = server.post("/v1/completions", body)
     assert answer.status == 400
@@ -177,7 +178,8 @@ def test_nobody_writes_lines_into_the_log(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "text/plain", ""]
+    "kind",
+    ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "text/plain", ""],
 )
 def test_only_json_is_taken(server: Server, kind: str) -> None:
     answer = server.post("/v1/completions", completion(), **{"content-type": kind})

@@ -8,9 +8,9 @@ from typing import Any
 
 import openai
 import pytest
+from _serving import Server, serving
 
 from moeruntime import Engine, Output, Request, SamplingParams
-from server_fixtures import Server, serving
 
 KEY = "a-key-for-the-tests"
 PROMPT = "Tom has 3 apples and buys 4 more."
@@ -145,7 +145,9 @@ def test_chat_log_probabilities(client: openai.OpenAI) -> None:
         model="math", messages=CHAT, temperature=0, max_tokens=3, logprobs=True, top_logprobs=2
     )
     content = answer.choices[0].logprobs.content
-    assert "".join(one.token for one in content).strip() == answer.choices[0].message.content.strip()
+    assert (
+        "".join(one.token for one in content).strip() == answer.choices[0].message.content.strip()
+    )
     for one in content:
         assert bytes(one.bytes).decode() == one.token
         assert one.logprob == pytest.approx(one.top_logprobs[0].logprob)

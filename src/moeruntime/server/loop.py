@@ -114,6 +114,7 @@ class EngineLoop:
         try:
             with self._open_engine(self._waiting) as engine:
                 _warm_up(engine)
+                self._waiting.forget()
                 self._note_state(engine)
                 self._call(self.ready.set)
                 self._serve(engine)

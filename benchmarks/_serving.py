@@ -1,4 +1,4 @@
-"""A server in a process of its own, as users start it."""
+"""A server in a process of its own, as users start it; tests and benchmarks share it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 START = "import sys; from moeconsolidate.cli import main; sys.argv[0] = 'moec'; main()"
 
 
@@ -44,7 +45,7 @@ class Server:
 
     process: subprocess.Popen[str]
     port: int
-    lines: list[str] = field(default_factory=list)
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=20_000))
 
     @property
     def url(self) -> str:
@@ -138,7 +139,7 @@ def _read(server: Server) -> None:
 
 def _wait_for(server: Server, start: str) -> None:
     deadline_s = time.monotonic() + 60
-    while not any(line.startswith(start) for line in list(server.lines)):
+    while not any(line.startswith(start) for line in tuple(server.lines)):
         assert server.process.poll() is None, server.log
         assert time.monotonic() < deadline_s, server.log
         time.sleep(0.02)
