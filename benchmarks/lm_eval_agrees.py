@@ -1,4 +1,4 @@
-"""Whether lm-evaluation-harness, asking `moec serve`, finds the log-likelihoods that `moec eval` finds.
+"""Whether lm-evaluation-harness, asking `moec serve`, finds the log-likelihoods of `moec eval`.
 
 The harness lives in an environment of its own, since it wants packages that moec does not:
 
@@ -117,10 +117,10 @@ def main() -> None:
         )
         ours = from_moec(arguments.artifact, arguments.model, texts, folder)
     worst = 0.0
-    for idx, (harness_sum, (num_tokens, moec_sum)) in enumerate(zip(theirs, ours, strict=True)):
-        worst = max(worst, abs(harness_sum - moec_sum))
+    for idx, (harness_s, (num_tokens, moec_sum)) in enumerate(zip(theirs, ours, strict=True)):
+        worst = max(worst, abs(harness_s - moec_sum))
         print(
-            f"  {idx:3d}  {num_tokens:5d} tokens  lm-eval {harness_sum:12.5f}  moec {moec_sum:12.5f}"
+            f"  {idx:3d}  {num_tokens:5d} tokens  lm-eval {harness_s:12.5f}  moec {moec_sum:12.5f}"
         )
     print(f"largest difference of a document's log-likelihood: {worst:.6f}")
     print_json({"benchmark": "lm_eval_agrees", "documents": len(ours), "largest_difference": worst})

@@ -70,7 +70,7 @@ class Costs:
     Attributes:
         decode_s: sequences -> a step, of one variant and of all mixed.
         prompt_s: prompt tokens -> a step with them alone.
-        beside_s: what a step of 512 prompt tokens takes longer for each sequence that decodes in it.
+        beside_s: what a step with a prompt takes longer for each sequence that decodes in it.
         swap_s: the published exchange of a variant.
         copy_s: of one expert from pinned memory; and of one while another is copied, too.
         slower: how much longer a decode step takes in each partition; 1 where it is not.
