@@ -33,6 +33,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _between(table: dict[int, float], at: float) -> float:
     points = sorted(table.items())
     if at <= points[0][0] or len(points) == 1:
         return points[0][1]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if at <= x1 or x1 == points[-1][0]:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     raise AssertionError
