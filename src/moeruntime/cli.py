@@ -1,4 +1,4 @@
-"""`moec run` and `moec bench`: the runtime's part of the command line."""
+"""`moec run` and `moec bench`, and where `moec serve` is mounted: the runtime's command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moeruntime.pack import WeightSource
     from moeruntime.request import Output, Request
 
-__all__ = ["Artifact", "Device", "Dtype", "Resident", "loading", "register"]
+__all__ = ["Artifact", "Device", "Dtype", "KeptLayers", "Resident", "loading", "register"]
 
 Artifact = Annotated[
     Path, typer.Option("--artifact", "-a", metavar="PACK", help="The pack's folder.")
@@ -41,11 +41,23 @@ Resident = Annotated[
         "when asked for. Default: all.",
     ),
 ]
+KeptLayers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="With --resident: first layers of which every variant's weights stay on the device, "
+        "so that a prompt to a cold variant begins at once. Default: one on a GPU where that is "
+        "cheap.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the runtime's commands to an app."""
+    from moeruntime.serve_cli import serve
+
     app.command()(run)
+    app.command()(serve)
     app.command()(bench)
 
 
@@ -87,15 +99,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     resident: Resident = None,
-    kept_layers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="With --resident: first layers of which every variant's weights stay on the "
-            "device, so that a prompt to a cold variant begins at once. Default: one on a GPU "
-            "where that is cheap.",
-        ),
-    ] = None,
+    kept_layers: KeptLayers = None,
     prefix_cache: Annotated[
         bool,
         typer.Option(

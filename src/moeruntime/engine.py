@@ -26,13 +26,14 @@ from moeruntime.models.decode_buffers import BATCH_SIZES
 from moeruntime.models.experts import DecodedCache
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.prompts import Prompts
-from moeruntime.request import Delta, FinishReason, Output, Request
+from moeruntime.request import Delta, FinishReason, Output, Request, TokenLogprobs
 from moeruntime.residency import Residency
 from moeruntime.runner import Launched, Runner
 from moeruntime.scheduler import Scheduler
 from moeruntime.scoring import Scorer
 from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
+from moeruntime.waiting import WaitingRoom
 
 __all__ = ["Engine", "EngineOptions"]
 
@@ -51,6 +52,7 @@ class EngineOptions(TypedDict, total=False):
     cache_bytes: int | None
     kept_layers: int | None
     prefix_cache: bool
+    waiting: WaitingRoom | None
     on_progress: Callable[[str], None] | None
 
 
@@ -80,6 +82,7 @@ class Engine:
         cache_bytes: int | None = None,
         kept_layers: int | None = None,
         prefix_cache: bool = True,
+        waiting: WaitingRoom | None = None,
         on_progress: Callable[[str], None] | None = None,
     ) -> None:
         """Load everything.
@@ -98,6 +101,7 @@ class Engine:
                 copied. Costs what a layer's own weights take, times the variants, and before the
                 first one the embedding's. None keeps one layer on a GPU where that is cheap.
             prefix_cache: reuse keys and values of requests of the same variant that began alike.
+            waiting: who is admitted first; None takes requests in order of arrival.
             on_progress: called with a line for each part loaded.
 
         Raises:
@@ -112,12 +116,6 @@ class Engine:
         if not 1 <= max_sequences <= max_step_tokens:
             raise UsageError(
                 f"max_sequences {max_sequences} must lie in 1..max_step_tokens {max_step_tokens}"
-            )
-        if cache_bytes is not None and cache_bytes < 1:
-            raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
-        if kept_layers is not None and not 0 <= kept_layers <= manifest.config.num_layers:
-            raise UsageError(
-                f"kept_layers is {kept_layers}, outside 0..{manifest.config.num_layers}"
             )
         self.source = source
         self.device = resolve_device(device)
@@ -171,6 +169,7 @@ class Engine:
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
             prefix_cache=prefix_cache,
+            waiting=waiting,
         )
         self._prompts = Prompts(source, self.memory.num_blocks)
         self._scorer = Scorer(
@@ -283,8 +282,10 @@ class Engine:
         if self._goes_on(launched):
             self._ahead = self._runner.launch_next(launched)
         return [
-            self._advance(sequence, token)
-            for sequence, token in zip(launched.sequences, launched.wait(), strict=True)
+            self._advance(sequence, token, logprobs)
+            for sequence, token, logprobs in zip(
+                launched.sequences, launched.wait(), launched.logprobs(), strict=True
+            )
             if sequence.request_id in self._live
         ]
 
@@ -369,10 +370,16 @@ class Engine:
 
     # -- one step, in pieces ----------------------------------------------------------------
 
-    def _advance(self, sequence: TokenSequence, token: int) -> Delta:
+    def _advance(
+        self, sequence: TokenSequence, token: int, logprobs: TokenLogprobs | None
+    ) -> Delta:
         """Take a chosen token into a sequence; finish it if this was its last."""
         live = self._live[sequence.request_id]
         sequence.output_ids.append(token)
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        of_prompt = tuple(sequence.prompt_logprobs) if len(sequence.output_ids) == 1 else ()
+        delta = Delta(sequence.request_id, "", (token,), None, logprobs, of_prompt)
         eos_ids = self._prompts.text(sequence.variant).eos_ids
         is_eos = token in eos_ids and not sequence.sampling.ignore_eos
         text = "" if is_eos else live.stream.push(token)
@@ -382,18 +389,11 @@ class Engine:
         elif len(sequence.output_ids) == sequence.sampling.max_tokens:
             reason = "length"
         if reason is None:
-            return Delta(sequence.request_id, text, (token,))
+            return replace(delta, text=text)
         text += live.stream.finish()
         if live.stream.stopped:
             reason = "stop"
         sequence.finish_reason = reason
         self.scheduler.remove(sequence)
         del self._live[sequence.request_id]
-        output = Output(
-            sequence.variant,
-            live.stream.text,
-            tuple(sequence.output_ids),
-            len(sequence.prompt_ids),
-            reason,
-        )
-        return Delta(sequence.request_id, text, (token,), output)
+        return replace(delta, text=text, output=sequence.output(live.stream.text, reason))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moeruntime.errors import ResourceError
+from moeruntime.errors import ResourceError, UsageError
 from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
@@ -101,10 +101,15 @@ def plan_memory(
             one where that is cheap.
 
     Raises:
+        UsageError: a cache of no bytes, or more kept layers than there are.
         ResourceError: it does not fit; says what is missing and what would help.
     """
     manifest = source.manifest
     config = manifest.config
+    if cache_bytes is not None and cache_bytes < 1:
+        raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
+    if kept_layers is not None and not 0 <= kept_layers <= config.num_layers:
+        raise UsageError(f"kept_layers is {kept_layers}, outside 0..{config.num_layers}")
     shared = manifest.shared_roles()
     shared_bytes = dtype.itemsize * sum(
         math.prod(parameter_shape(config, roles))

@@ -9,13 +9,22 @@ from typing import Literal
 
 from moeruntime.errors import RequestError
 
-__all__ = ["Delta", "FinishReason", "Message", "Output", "Request", "SamplingParams"]
+__all__ = [
+    "Delta",
+    "FinishReason",
+    "Message",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "TokenLogprobs",
+]
 
 FinishReason = Literal["stop", "length", "abort"]
 Message = dict[str, str]
 """One turn of a chat: {"role": "user", "content": "..."}."""
 
 MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,9 @@ class SamplingParams:
         seed: makes sampling repeatable, whatever else is in the batch; None draws a fresh one.
         stop: generation ends before the first of these strings, which is not part of the text.
         ignore_eos: go on after an end-of-sequence token, to measure steps of a known number.
+        logprobs: report the log-probability of each new token, beside this many of the likeliest;
+            None reports nothing.
+        prompt_logprobs: the same for the tokens of the prompt, all but the first.
     """
 
     max_tokens: int = 128
@@ -39,6 +51,8 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check every range.
@@ -52,6 +66,9 @@ class SamplingParams:
         _check_integer("top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None:
+                _check_integer(name, value, 0, MAX_LOGPROBS)
         if self.top_p == 0.0:
             raise RequestError("top_p is 0, which leaves no token; use temperature 0 for greedy")
         all_text = all(isinstance(one, str) for one in self.stop)
@@ -80,6 +97,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of one token.
+
+    Attributes:
+        logprob: its log-probability (natural), before temperature, top-k and top-p.
+        top: the likeliest tokens in its place and theirs, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """A finished request.
 
@@ -89,6 +119,9 @@ class Output:
         token_ids: the new tokens, including an end-of-sequence token if there was one.
         num_prompt_tokens: length of the prompt as the model saw it.
         finish_reason: "stop" (end of sequence or stop string), "length" or "abort".
+        prompt_ids: the prompt as the model saw it.
+        logprobs: of each new token, if they were asked for.
+        prompt_logprobs: of each token of the prompt but the first, if they were asked for.
     """
 
     variant: str
@@ -96,16 +129,24 @@ class Output:
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
     finish_reason: FinishReason
+    prompt_ids: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one request; `output` is there once it has finished."""
+    """What one step added to one request; `output` is there once it has finished.
+
+    `logprobs` are of its token, `prompt_logprobs` come with the first one, both if asked for.
+    """
 
     request_id: int
     text: str
     token_ids: tuple[int, ...]
     output: Output | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

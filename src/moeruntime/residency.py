@@ -63,6 +63,11 @@ class SlotTable:
             del self._holds[variant]
 
     @property
+    def variants(self) -> tuple[str, ...]:
+        """Who sits in a slot, least recently used first."""
+        return tuple(self._slots)
+
+    @property
     def num_held(self) -> int:
         """Variants that may not be evicted now."""
         return len(self._holds)
@@ -192,6 +197,11 @@ class Residency:
     def num_held(self) -> int:
         """Variants that sequences, running or waiting, hold in their slots."""
         return self._table.num_held
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """Variants that have a slot, least recently used first; some may still be on their way."""
+        return self._table.variants
 
     @property
     def num_slots(self) -> int:

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import blocks_for
+from moeruntime.logprobs import ROWS, PendingLogprobs, logprobs_of, wanted_logprobs
 from moeruntime.models import Batch, Decoder
 from moeruntime.models.batch import Span, token_groups
+from moeruntime.request import TokenLogprobs
 from moeruntime.residency import Residency
 from moeruntime.sampler import resample
 from moeruntime.scheduler import Chunk
@@ -41,12 +44,17 @@ class Launched:
     repeats: bool
     _tokens: Tensor
     _arrived: torch.cuda.Event | None
+    _logprobs: PendingLogprobs | None = None
 
     def wait(self) -> list[int]:
         """The token chosen for each sequence."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [int(token) for token in self._tokens.tolist()]
+
+    def logprobs(self) -> list[TokenLogprobs | None]:
+        """What the model thought of each of these tokens, where asked for; after `wait`."""
+        return self._logprobs.read() if self._logprobs else [None] * len(self.sequences)
 
 
 class Runner:
@@ -84,7 +92,9 @@ class Runner:
         # Those whose prompts end here, or that decode, get a token.
         last = [chunk.num_tokens == chunk.sequence.num_pending for chunk in chunks]
         sequences = [c.sequence for c, is_last in zip(chunks, last, strict=True) if is_last]
-        if self._graphs is not None and all(len(span.token_ids) == 1 for span in spans):
+        asked = any(_asks_of_prompt(chunk) for chunk in chunks)
+        one_each = all(len(span.token_ids) == 1 for span in spans)
+        if self._graphs is not None and one_each and not asked:
             # Every chunk is a decode, or the last token of a prompt: all of them go on.
             repeats = len(sequences) == len(chunks)
             for variant in variants:
@@ -98,6 +108,8 @@ class Runner:
             return self._choose(sequences, logits_TV, tokens_T, repeats)
         batch = Batch.build(spans, self.device)
         hidden_TH = self.model.forward(batch, self._residency.gate(variants))
+        if asked:
+            self._look_at_prompts(chunks, batch, hidden_TH)
         _move_on(chunks)
         rows = [row for row, is_last in zip(batch.last_rows, last, strict=True) if is_last]
         if not rows:
@@ -135,13 +147,38 @@ class Runner:
         """Replace the likeliest tokens where a sequence samples, and send all to the host."""
         params = [sequence.sampling for sequence in sequences]
         resample(tokens_N, logits_NV, params, [sequence.uniform() for sequence in sequences])
+        logprobs = wanted_logprobs(logits_NV, tokens_N, params)
         if self.device.type != "cuda":
-            return Launched(sequences, repeats, tokens_N, None)
+            return Launched(sequences, repeats, tokens_N, None, logprobs)
         arrived = torch.cuda.Event()
         tokens = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
         tokens.copy_(tokens_N, non_blocking=True)
         arrived.record(torch.cuda.current_stream(self.device))
-        return Launched(sequences, repeats, tokens, arrived)
+        return Launched(sequences, repeats, tokens, arrived, logprobs)
+
+    def _look_at_prompts(self, chunks: Sequence[Chunk], batch: Batch, hidden_TH: Tensor) -> None:
+        """Note what the model thinks of the prompts of those that ask; waits for the device."""
+        for chunk, (start, stop, _) in zip(chunks, batch.spans, strict=True):
+            if not _asks_of_prompt(chunk):
+                continue
+            sequence = chunk.sequence
+            num_top = sequence.sampling.prompt_logprobs or 0
+            slot = self._residency.slot(sequence.variant)
+            # A row's opinion is of the token after it.
+            first = sequence.num_cached + 1
+            targets = sequence.prompt_ids[first : first + stop - start]
+            for at in range(0, len(targets), ROWS):
+                rows = targets[at : at + ROWS]
+                hidden_NH = hidden_TH[start + at : start + at + len(rows)]
+                logits_NV = self.model.logits(hidden_NH, [TokenGroup(slot, 0, len(rows))])
+                sequence.prompt_logprobs += logprobs_of(logits_NV, rows, num_top)
+
+
+def _asks_of_prompt(chunk: Chunk) -> bool:
+    """Whether the chunk has tokens before the prompt's last, and an opinion of them is wanted."""
+    sequence = chunk.sequence
+    asks = sequence.sampling.prompt_logprobs is not None
+    return asks and sequence.num_cached < len(sequence.prompt_ids) - 1
 
 
 def _move_on(chunks: Sequence[Chunk]) -> None:

@@ -10,23 +10,21 @@ A waiting sequence already holds its variant's slot if one can be had, so that w
 while it waits for the rest. Only those that arrived before the first one without a slot do: later
 ones would otherwise keep from it the slots it waits for.
 
-Admission is in order of arrival, except that a sequence whose variant finds no resident slot
-lets later ones pass, up to `MAX_TIMES_PASSED` of them: then nothing new is admitted until a slot
-drains, so no variant starves.
+Admission is in the order of the waiting room (`waiting.py`), except that a sequence whose variant
+finds no resident slot lets later ones pass until it is overdue: then nothing new is admitted until
+a slot drains, so no variant starves.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
 from moeruntime.kv_cache import BLOCK_TOKENS, BlockPool
 from moeruntime.sequence import Sequence
+from moeruntime.waiting import ArrivalOrder, WaitingRoom
 
 __all__ = ["Chunk", "Scheduler", "VariantSlots"]
-
-MAX_TIMES_PASSED = 32
 
 
 class VariantSlots(Protocol):
@@ -64,6 +62,7 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         prefix_cache: bool = True,
+        waiting: WaitingRoom | None = None,
     ) -> None:
         """Start empty.
 
@@ -73,6 +72,7 @@ class Scheduler:
             max_sequences: most sequences in a step.
             max_step_tokens: most tokens in a step; long prompts are cut into chunks.
             prefix_cache: whether sequences share the blocks of a common beginning.
+            waiting: who goes first; None takes them in order of arrival.
         """
         assert 1 <= max_sequences <= max_step_tokens
         self._blocks = blocks
@@ -82,30 +82,31 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self.num_reused_tokens = 0
         """Tokens of prompts that were in the cache already."""
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: WaitingRoom = waiting if waiting is not None else ArrivalOrder()
+        self.waiting.bind(max_sequences, blocks.num_blocks)
         self.running: list[Sequence] = []
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return not self.waiting and not self.running
+        return not len(self.waiting) and not self.running
 
     @property
     def may_admit(self) -> bool:
         """Whether `schedule` could admit somebody now; where it is False that is certain."""
-        if not self.waiting or len(self.running) == self._max_sequences:
+        if not len(self.waiting) or len(self.running) == self._max_sequences:
             return False
-        first = self.waiting[0]
-        if not first.holds_slot:
-            return True
-        # Blocks are given in order of arrival, so nobody passes one who waits for them.
-        most_shared = (len(first.prompt_ids) - 1) // BLOCK_TOKENS if self._prefix_cache else 0
+        first = next(self.waiting.candidates(), None)
+        if first is None or not first.holds_slot:
+            return first is not None
+        # Blocks are given in the order of admission, so nobody passes one who waits for them.
+        most_shared = len(first.shareable_ids) // BLOCK_TOKENS if self._prefix_cache else 0
         return first.num_blocks_needed - most_shared <= self._blocks.num_free
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must fit the cache when nothing else runs."""
         assert sequence.num_blocks_needed <= self._blocks.num_blocks
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
         self._hold_slots()
 
     def remove(self, sequence: Sequence) -> None:
@@ -115,6 +116,7 @@ class Scheduler:
             self._publish(sequence)
             self._blocks.free(sequence.block_table)
             sequence.block_table = []
+            self.waiting.ended(sequence)
         else:
             self.waiting.remove(sequence)
         if sequence.holds_slot:
@@ -131,54 +133,72 @@ class Scheduler:
         self._admit()
         ready = [seq for seq in self.running if self._variants.ready(seq.variant)]
         runnable = ready or self.running
-        budget = self._max_step_tokens
-        chunks = []
-        for seq in sorted(runnable, key=lambda seq: seq.num_pending > 1):
+        decoding = [seq for seq in runnable if seq.num_pending == 1]
+        prompts = [seq for seq in runnable if seq.num_pending > 1]
+        budget = self._max_step_tokens - len(decoding)
+        prompt_tokens = self.waiting.prompt_tokens(decoding)
+        budget = budget if prompt_tokens is None else min(budget, prompt_tokens)
+        chunks = [Chunk(seq, 1) for seq in decoding]
+        for seq in self.waiting.order_prompts(prompts):
             count = min(seq.num_pending, budget)
             if count == 0:
                 break
             chunks.append(Chunk(seq, count))
             budget -= count
+        self.waiting.ran(decoding, sum(chunk.num_tokens for chunk in chunks[len(decoding) :]))
         return chunks
 
     def _hold_slots(self) -> None:
         """Hold slots for waiting sequences, up to the first that finds none."""
-        for seq in self.waiting:
+        holding: list[Sequence] = []
+        for seq in self.waiting.heads():
             if not seq.holds_slot:
-                if not self._variants.admit(seq.variant):
+                if not self._variants.admit(seq.variant) and not self._take_slot(seq, holding):
                     return
                 seq.holds_slot = True
+            holding.append(seq)
+
+    def _take_slot(self, seq: Sequence, before: list[Sequence]) -> bool:
+        """Let go of the slots that less wanted sequences wait with; whether one could be had."""
+        others = [one for one in self.waiting if one.holds_slot and one not in before]
+        for one in others:
+            self._variants.release(one.variant)
+            one.holds_slot = False
+        return bool(others) and self._variants.admit(seq.variant)
 
     def _admit(self) -> None:
         self._hold_slots()
+        num_running = len(self.running)
         passed: list[Sequence] = []
-        for seq in list(self.waiting):
+        without_slot: set[str] = set()
+        for seq in self.waiting.candidates(without_slot):
             if len(self.running) == self._max_sequences:
-                return
-            # The first of them has been passed most often.
-            if passed and passed[0].times_passed >= MAX_TIMES_PASSED:
-                return
+                break
+            if any(self.waiting.overdue(earlier) for earlier in passed):
+                break
             held = seq.holds_slot
             if not held and not self._variants.admit(seq.variant):
                 passed.append(seq)
+                without_slot.add(seq.variant)
                 continue
             if not self._take_blocks(seq):
                 if not held:
                     self._variants.release(seq.variant)
-                return
+                break
             seq.holds_slot = True
-            self.waiting.remove(seq)
+            self.waiting.admitted(seq)
             self.running.append(seq)
             for earlier in passed:
                 earlier.times_passed += 1
+        if len(self.running) > num_running:
+            self._hold_slots()
 
     def _take_blocks(self, seq: Sequence) -> bool:
         """Give a sequence all its blocks, shared ones first; False, taking none, if too few."""
         shared: list[int] = []
         chain = seq.chain
         if self._prefix_cache:
-            # At least one token must run, for there to be something to choose the next one by.
-            shared, chain = self._blocks.share(seq.variant, seq.prompt_ids[:-1])
+            shared, chain = self._blocks.share(seq.variant, seq.shareable_ids)
         own = self._blocks.allocate(seq.num_blocks_needed - len(shared))
         if own is None:
             self._blocks.free(shared)

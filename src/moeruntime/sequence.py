@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from moeruntime.kv_cache import ChainLink, blocks_for
-from moeruntime.request import FinishReason, SamplingParams
+from moeruntime.request import FinishReason, Output, SamplingParams, TokenLogprobs
 
 __all__ = ["Sequence"]
 
@@ -29,6 +30,9 @@ class Sequence:
         holds_slot: whether it holds its variant's resident slot, as all that run do.
         times_passed: requests that were admitted before this one although they came later.
         finish_reason: None while it is alive.
+        logprobs, prompt_logprobs: what was found so far, where its sampling asks for them.
+        arrived_s: when it was queued, on the clock of whoever orders what waits.
+        deadline_s: when its first token is due, on the same clock.
     """
 
     request_id: int
@@ -43,6 +47,10 @@ class Sequence:
     holds_slot: bool = False
     times_passed: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    arrived_s: float = 0.0
+    deadline_s: float = math.inf
     _random: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +62,15 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens to run before the next one can be chosen: the rest of the prompt, or one."""
         return len(self.prompt_ids) + len(self.output_ids) - self.num_cached
+
+    @property
+    def shareable_ids(self) -> Items[int]:
+        """The beginning of the prompt that may come from the cache instead of being run.
+
+        At least one token must run, for there to be something to choose the next one by; all of
+        them must where the model's opinion of the prompt is asked for.
+        """
+        return self.prompt_ids[:-1] if self.sampling.prompt_logprobs is None else ()
 
     @property
     def num_blocks_needed(self) -> int:
@@ -78,3 +95,16 @@ class Sequence:
     def uniform(self) -> float:
         """The next of the sequence's random numbers, in [0, 1)."""
         return self._random.random()
+
+    def output(self, text: str, reason: FinishReason) -> Output:
+        """What its caller gets at the end."""
+        return Output(
+            self.variant,
+            text,
+            tuple(self.output_ids),
+            len(self.prompt_ids),
+            reason,
+            tuple(self.prompt_ids),
+            tuple(self.logprobs),
+            tuple(self.prompt_logprobs),
+        )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _serving import serving
 
 from moeconsolidate.report import summarise
 from moeruntime.pack import Pack
@@ -101,3 +102,25 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "all as the manifest says" in done.stdout
     assert done.stdout.count("$ moec run") == 4
+
+
+def test_the_server_is_started_and_asked_as_shown(workplace: Path, pack: Path) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+
+    def shown(name: str) -> str:
+        (block,) = re.findall(rf"^```bash {name}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+        return str(block)
+
+    command = shown("serve").split()
+    assert command[:4] == ["moec", "serve", "--artifact", "pack"] and command[4] == "--port"
+    with serving(pack, "--device", "cpu") as server:
+        client = shown("client").replace(f"localhost:{command[5]}", f"127.0.0.1:{server.port}")
+        said = run(workplace, "bash", "-euo", "pipefail", "-c", client)
+    for part in (
+        '"ready":true',
+        '"text_completion"',
+        "data: [DONE]",
+        '"tokens":',
+        "moec:num_requests",
+    ):
+        assert part in said

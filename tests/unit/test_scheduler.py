@@ -10,8 +10,9 @@ import pytest
 from moeruntime.kv_cache import BLOCK_TOKENS, BlockPool, blocks_for
 from moeruntime.request import SamplingParams
 from moeruntime.residency import SlotTable
-from moeruntime.scheduler import MAX_TIMES_PASSED, Chunk, Scheduler
+from moeruntime.scheduler import Chunk, Scheduler
 from moeruntime.sequence import Sequence
+from moeruntime.waiting import MAX_TIMES_PASSED
 
 
 class Slots:
