@@ -23,7 +23,8 @@ from torch import Tensor
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.importance import ExpertStatistics, SpooledLayers, Statistics, watched_experts
 from moeconsolidate.spool import Spool
-from moeruntime.families.base import ModelConfig, layer_role
+from moeruntime.families import ModelConfig
+from moeruntime.families.decoder import layer_role
 from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
 from moeruntime.models.moe import route
 

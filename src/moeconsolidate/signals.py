@@ -23,8 +23,10 @@ from torch import Tensor
 
 from moeconsolidate.calibration import StreamedLayer
 from moeconsolidate.checkpoint import Checkpoint
+from moeconsolidate.parts import expert_parts
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.families import ModelConfig
+from moeruntime.kernels import activate
 
 __all__ = ["expert_inputs", "expert_outputs", "neurons", "num_inputs"]
 
@@ -84,11 +86,9 @@ def expert_outputs(experts_EP: Tensor, inputs_NH: Tensor, config: ModelConfig) -
 
     @torch.no_grad()
     def run(row: int) -> None:
-        inner = config.intermediate_size * config.hidden_size
-        gate_up = experts_EP[row, : 2 * inner].float().view(-1, config.hidden_size)
-        down = experts_EP[row, 2 * inner :].float().view(config.hidden_size, -1)
-        gate_NI, up_NI = F.linear(inputs_NH, gate_up).chunk(2, dim=-1)
-        outputs_ENH[row] = F.linear(F.silu(gate_NI) * up_NI, down)
+        gate_up, down = expert_parts(experts_EP[row], config)
+        inner_NI = activate(F.linear(inputs_NH, gate_up.float()), config.activation)
+        outputs_ENH[row] = F.linear(inner_NI, down.float())
 
     with single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(run, range(len(experts_EP))))
@@ -96,11 +96,12 @@ def expert_outputs(experts_EP: Tensor, inputs_NH: Tensor, config: ModelConfig) -
 
 
 def neurons(expert_P: Tensor, config: ModelConfig) -> Tensor:
-    """An expert's weights as samples [I, 3 H], one a neuron, in the expert's dtype."""
-    inner = config.intermediate_size * config.hidden_size
-    gate_IH, up_IH = expert_P[: 2 * inner].view(2, -1, config.hidden_size)
-    down_HI = expert_P[2 * inner :].view(config.hidden_size, -1)
-    return torch.cat([gate_IH, up_IH, down_HI.T], dim=1)
+    """An expert's weights as samples [I, F], one a neuron, in the expert's dtype.
+
+    F is H for each of an expert's matrices: 3 H with a gate, 2 H without.
+    """
+    gate_up, down_HI = expert_parts(expert_P, config)
+    return torch.cat([*gate_up.split(config.intermediate_size), down_HI.T], dim=1)
 
 
 def _spread(total: int, count: int) -> Tensor:

@@ -95,14 +95,13 @@ class PackWriter:
             yield cls(folder, names, family, config, expert_dtype)
 
     def write_layer(self, plan: LayerPlan, slot_columns: SlotColumns) -> None:
-        """Write one layer's experts: gate_up [slots, 2I, H], then down [slots, H, I].
+        """Write one layer's experts: gate_up of all slots, then down (`ModelConfig.part_shapes`).
 
         Raises:
             ResourceError: the disk has no room for this layer.
         """
-        hidden, inner = self._config.hidden_size, self._config.intermediate_size
         num_slots, path = len(plan.slots), layer_file(plan.layer)
-        tensors = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+        tensors = self._config.part_shapes
         declared = [
             (name, self._expert_dtype, (num_slots, *shape)) for name, shape in tensors.items()
         ]

@@ -30,7 +30,7 @@ from moeruntime.request import Delta, FinishReason, Output, Request
 from moeruntime.residency import Residency
 from moeruntime.runner import Launched, Runner
 from moeruntime.scheduler import Scheduler
-from moeruntime.scoring import Scorer
+from moeruntime.scoring import Scorer, Windows
 from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
 
@@ -115,10 +115,9 @@ class Engine:
             )
         if cache_bytes is not None and cache_bytes < 1:
             raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
-        if kept_layers is not None and not 0 <= kept_layers <= manifest.config.num_layers:
-            raise UsageError(
-                f"kept_layers is {kept_layers}, outside 0..{manifest.config.num_layers}"
-            )
+        num_blocks = len(manifest.config.blocks)
+        if kept_layers is not None and not 0 <= kept_layers <= num_blocks:
+            raise UsageError(f"kept_layers is {kept_layers}, outside 0..{num_blocks}")
         self.source = source
         self.device = resolve_device(device)
         if self.device.type == "cuda" and max_sequences > BATCH_SIZES[-1]:
@@ -170,7 +169,8 @@ class Engine:
             self.residency,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
-            prefix_cache=prefix_cache,
+            # Where there is an encoder, all that decoder tokens depend on is not among them.
+            prefix_cache=prefix_cache and not manifest.config.has_encoder,
         )
         self._prompts = Prompts(source, self.memory.num_blocks)
         self._scorer = Scorer(
@@ -233,7 +233,8 @@ class Engine:
             sampling = replace(sampling, seed=secrets.randbits(63))
         request_id = self._next_id
         self._next_id += 1
-        sequence = TokenSequence(request_id, request.variant, prompt_ids, sampling)
+        begins, source = self._prompts.sides(prompt_ids)
+        sequence = TokenSequence(request_id, request.variant, begins, sampling, source)
         stream = self._prompts.text(request.variant).stream(sampling.stop)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)
@@ -341,31 +342,36 @@ class Engine:
         """A variant's tokenizer, chat template and end-of-sequence tokens."""
         return self._prompts.text(variant)
 
-    def score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def score(self, variant: str, windows: Windows, sources: Windows = ()) -> list[Tensor]:
         """Log-probability (natural) of each token given those before it in its window.
 
         Args:
             variant: whose weights to use.
             windows: token ids; each window stands alone and fits the context.
+            sources: of an encoder-decoder, what its encoder reads for each window; the windows are
+                its decoder's tokens then, and the first of them follows its start token.
 
         Returns:
-            One float32 CPU tensor a window, one shorter than the window.
+            One float32 CPU tensor a window, one shorter than a decoder-only model's window.
 
         Raises:
             RequestError: unknown variant, or a window that is empty or does not fit.
             ResourceError: running requests hold every resident slot or the whole cache.
         """
-        return self._scorer.score(variant, windows)
+        return self._scorer.score(variant, windows, sources)
 
-    def logprobs(self, variant: str, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    def logprobs(
+        self, variant: str, windows: Windows, sources: Windows = ()
+    ) -> Iterator[Tensor]:
         """Log-probabilities (natural) of the whole vocabulary after each token of each window.
 
-        Takes and raises what `score` does.
+        Takes and raises what `score` does; an encoder-decoder's first are those after its start
+        token, and those after the last token are left out.
 
         Yields:
             One float32 CPU tensor [T, V] a window; the engine is busy until the last is taken.
         """
-        return self._scorer.logprobs(variant, windows)
+        return self._scorer.logprobs(variant, windows, sources)
 
     # -- one step, in pieces ----------------------------------------------------------------
 
@@ -393,7 +399,7 @@ class Engine:
             sequence.variant,
             live.stream.text,
             tuple(sequence.output_ids),
-            len(sequence.prompt_ids),
+            len(sequence.source_ids or sequence.prompt_ids),
             reason,
         )
         return Delta(sequence.request_id, text, (token,), output)

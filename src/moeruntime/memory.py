@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moeruntime.errors import ResourceError
+from moeruntime.families import DecoderConfig
 from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
@@ -137,7 +138,7 @@ def plan_memory(
     block_bytes = KVCache.block_bytes(config, dtype)
     left = available - weights_bytes - reserve_bytes - (host_bytes if kind == "cpu" else 0)
     if cache_bytes is None:
-        wanted = max_sequences * blocks_for(config.max_context) * block_bytes
+        wanted = max_sequences * blocks_for(config.cached_context) * block_bytes
         cache_bytes = min(wanted, int(left * CACHE_SHARE[kind]))
     if left < max(cache_bytes, block_bytes):
         needed = available - left + max(cache_bytes, block_bytes)
@@ -183,6 +184,8 @@ def _num_faces(manifest: Manifest) -> list[int]:
 
 def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_sequences: int) -> int:
     """What `FusedDecoder` and `DecodeGraphs` allocate beside weights and cache, at most."""
+    if not isinstance(manifest.config, DecoderConfig):
+        return 0
     # Some layers' nested experts may take float16, and others not.
     expert_dtypes = {dtype} if manifest.nested is None else {dtype, torch.float16}
     buffers = StepBuffers(

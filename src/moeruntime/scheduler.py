@@ -132,13 +132,19 @@ class Scheduler:
         ready = [seq for seq in self.running if self._variants.ready(seq.variant)]
         runnable = ready or self.running
         budget = self._max_step_tokens
+        reads = False
         chunks = []
-        for seq in sorted(runnable, key=lambda seq: seq.num_pending > 1):
+        for seq in sorted(runnable, key=lambda seq: seq.num_pending + seq.num_unread > 1):
+            # An encoder reads a source whole. One is read whatever it takes: it would never fit
+            # beside many decodes.
+            if reads and seq.num_unread + 1 > budget:
+                continue
+            reads = reads or seq.num_unread > 0
             count = min(seq.num_pending, budget)
             if count == 0:
                 break
             chunks.append(Chunk(seq, count))
-            budget -= count
+            budget = max(0, budget - count - seq.num_unread)
         return chunks
 
     def _hold_slots(self) -> None:

@@ -15,9 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from moeruntime.families import Activation
     from moeruntime.models.experts import ExpertPool
 
-__all__ = ["TokenGroup", "expert_mlp", "grouped_linear", "paged_attention", "write_cache"]
+__all__ = [
+    "TokenGroup",
+    "activate",
+    "expert_mlp",
+    "grouped_linear",
+    "paged_attention",
+    "span_attention",
+    "write_cache",
+]
 
 
 class TokenGroup(NamedTuple):
@@ -47,7 +56,27 @@ def grouped_linear(x_TI: Tensor, weight_ROI: Tensor, groups: Sequence[TokenGroup
     return out
 
 
-def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertPool) -> Tensor:
+def activate(inner_NI: Tensor, activation: Activation) -> Tensor:
+    """What stands between an expert's two products.
+
+    Args:
+        inner_NI: the first product: "swiglu" takes gate and up side by side [N, 2I] and gives
+            silu(gate) * up (Shazeer 2020), "relu" takes [N, I].
+        activation: which.
+    """
+    if activation == "relu":
+        return F.relu(inner_NI)
+    gate, up = inner_NI.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def expert_mlp(
+    x_TH: Tensor,
+    faces_TK: Tensor,
+    weights_TK: Tensor,
+    pool: ExpertPool,
+    activation: Activation = "swiglu",
+) -> Tensor:
     """Apply each token's K experts and add them up by routing weight.
 
     `faces_TK` names distinct experts, so tokens of different variants that share one meet in one
@@ -58,6 +87,7 @@ def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertP
         faces_TK: int64 faces of the pool.
         weights_TK: float32 routing weights.
         pool: the layer's experts.
+        activation: what they do between their products.
 
     Returns:
         [T, H] in x's dtype; weighted sums are formed in float32.
@@ -73,8 +103,8 @@ def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertP
             continue
         stop = start + count
         gate_up_IH, down_HI = pool.weights(face)
-        gate, up = F.linear(x_TH[tokens[start:stop]], gate_up_IH).chunk(2, dim=-1)
-        sorted_out[start:stop] = F.linear(F.silu(gate) * up, down_HI)
+        inner = activate(F.linear(x_TH[tokens[start:stop]], gate_up_IH), activation)
+        sorted_out[start:stop] = F.linear(inner, down_HI)
         start = stop
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out
@@ -94,8 +124,12 @@ def paged_attention(
     spans: Sequence[tuple[int, int, int]],
     block_tables: Sequence[Tensor],
     sliding_window: int | None,
+    *,
+    causal: bool = True,
+    biases: Sequence[Tensor] | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Causal grouped-query attention of each sequence's new tokens over its cached ones.
+    """Grouped-query attention of each sequence's new tokens over its cached ones.
 
     Args:
         query_TQD: queries of all sequences of the step, rotary applied.
@@ -105,19 +139,25 @@ def paged_attention(
             including the new ones.
         block_tables: int64 block numbers, one tensor a sequence.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
+        causal: False where the cached tokens are another sequence's, all of which may be seen.
+        biases: in place of the masks above, what is added to each sequence's scores,
+            [Q, new, context].
+        scale: of the scores; None is 1 / sqrt(D).
 
     Returns:
         [T, Q * D] in the query's dtype.
     """
     out = torch.empty_like(query_TQD)
-    for (start, stop, context), table in zip(spans, block_tables, strict=True):
+    for idx, ((start, stop, context), table) in enumerate(zip(spans, block_tables, strict=True)):
         key = keys[table].flatten(0, 1)[:context].transpose(0, 1)
         value = values[table].flatten(0, 1)[:context].transpose(0, 1)
         query = query_TQD[start:stop].transpose(0, 1)
         num_new = stop - start
-        whole_prompt = num_new == context and sliding_window is None
+        whole_prompt = causal and biases is None and num_new == context and sliding_window is None
         mask = None
-        if not whole_prompt and (num_new > 1 or sliding_window is not None):
+        if biases is not None:
+            mask = biases[idx]
+        elif causal and not whole_prompt and (num_new > 1 or sliding_window is not None):
             mask = _causal_mask(num_new, context, sliding_window, query.device)
         attended = F.scaled_dot_product_attention(
             query[None],
@@ -125,8 +165,41 @@ def paged_attention(
             value[None],
             attn_mask=mask,
             is_causal=whole_prompt and num_new > 1,
+            scale=scale,
             enable_gqa=query.shape[0] != key.shape[0],
         )
+        out[start:stop] = attended[0].transpose(0, 1)
+    return out.flatten(1)
+
+
+def span_attention(
+    query_TQD: Tensor,
+    key_TQD: Tensor,
+    value_TQD: Tensor,
+    spans: Sequence[tuple[int, int, int]],
+    biases: Sequence[Tensor],
+    *,
+    scale: float,
+) -> Tensor:
+    """Attention of each sequence's tokens over all of them, without a cache.
+
+    Args:
+        query_TQD: queries of all sequences; keys and values have the same shape.
+        key_TQD: keys.
+        value_TQD: values.
+        spans: (start, stop, ...) a sequence.
+        biases: added to each sequence's scores, [Q, new, new].
+        scale: of the scores.
+
+    Returns:
+        [T, Q * D] in the query's dtype.
+    """
+    out = torch.empty_like(query_TQD)
+    for (start, stop, _), bias in zip(spans, biases, strict=True):
+        query, key, value = (
+            one[start:stop].transpose(0, 1)[None] for one in (query_TQD, key_TQD, value_TQD)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         out[start:stop] = attended[0].transpose(0, 1)
     return out.flatten(1)
 

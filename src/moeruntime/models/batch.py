@@ -26,6 +26,9 @@ class Span:
         token_ids: the new tokens.
         start: position of the first of them in the sequence.
         block_table: its cache blocks, enough for every position up to the last new one.
+        num_source: of an encoder-decoder's sequence, tokens that its encoder reads.
+        source_table: the cache blocks of what the encoder made of them.
+        source_ids: these tokens, if the encoder is to run in this step.
     """
 
     slot: int
@@ -33,6 +36,9 @@ class Span:
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
+    num_source: int = 0
+    source_table: Sequence[int] = ()
+    source_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class Batch:
         groups: the rows of each resident slot.
         spans: (start, stop, context) a sequence, in the order of the batch.
         spans_on_device: the same with the cache blocks of each sequence.
+        sources: the encoder's step before this one, over those sources that have not been read.
+        source_spans, source_tables: (start, stop, source tokens) a sequence, and int32 blocks.
     """
 
     token_ids_T: Tensor
@@ -56,6 +64,9 @@ class Batch:
     groups: tuple[TokenGroup, ...]
     spans: tuple[tuple[int, int, int], ...]
     spans_on_device: Spans
+    sources: Batch | None = None
+    source_spans: tuple[tuple[int, int, int], ...] = ()
+    source_tables: tuple[Tensor, ...] = ()
 
     @classmethod
     def build(cls, sequences: Sequence[Span], device: torch.device) -> Batch:
@@ -82,6 +93,7 @@ class Batch:
         packed = torch.tensor([tokens, positions, slots, variants, rows])
         packed = to_device(packed, device)
         token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
+        source_spans, source_tables = _sources(sequences, spans, device)
         return cls(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -91,16 +103,24 @@ class Batch:
             groups=token_groups(slots),
             spans=tuple(spans),
             spans_on_device=Spans.build(spans, [s.block_table for s in sequences], device),
+            sources=cls._to_encode(sequences, device),
+            source_spans=source_spans,
+            source_tables=source_tables,
         )
+
+    @classmethod
+    def _to_encode(cls, sequences: Sequence[Span], device: torch.device) -> Batch | None:
+        unread = [
+            Span(one.slot, one.variant_idx, one.source_ids, 0, one.source_table)
+            for one in sequences
+            if one.source_ids
+        ]
+        return cls.build(unread, device) if unread else None
 
     @property
     def block_tables(self) -> list[Tensor]:
         """int32 cache blocks of each sequence."""
-        tables_SB = self.spans_on_device.tables_SB
-        return [
-            table_B[: blocks_for(context)]
-            for table_B, (_, _, context) in zip(tables_SB, self.spans, strict=True)
-        ]
+        return _tables(self.spans_on_device, self.spans)
 
     @property
     def last_rows(self) -> list[int]:
@@ -118,3 +138,24 @@ def token_groups(slots: Iterable[int]) -> tuple[TokenGroup, ...]:
         start = stop
     assert len({group.slot for group in groups}) == len(groups), "tokens not sorted by slot"
     return tuple(groups)
+
+
+def _sources(
+    sequences: Sequence[Span], spans: Sequence[tuple[int, int, int]], device: torch.device
+) -> tuple[tuple[tuple[int, int, int], ...], tuple[Tensor, ...]]:
+    """Where a decoder's sequences find what their encoder has read; nothing without one."""
+    if not any(one.num_source for one in sequences):
+        return (), ()
+    places = tuple(
+        (start, stop, one.num_source)
+        for one, (start, stop, _) in zip(sequences, spans, strict=True)
+    )
+    tables = Spans.build(places, [one.source_table for one in sequences], device)
+    return places, tuple(_tables(tables, places))
+
+
+def _tables(spans_on_device: Spans, spans: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    return [
+        table_B[: blocks_for(context)]
+        for table_B, (_, _, context) in zip(spans_on_device.tables_SB, spans, strict=True)
+    ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeruntime.families import ModelConfig
+from moeruntime.families import DecoderConfig
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import blocks_for
@@ -102,7 +102,7 @@ class StepBuffers:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderConfig,
         max_rows: int,
         max_faces: int,
         dtype: torch.dtype,
