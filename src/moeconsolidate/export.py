@@ -116,8 +116,8 @@ def _outputs(pack: Pack, name: str) -> Iterator[_Output]:
     def expert(layer: int, number: int, role: str) -> Tensor:
         if role == "down_proj":
             return pack.read_expert(name, layer, number, "down")
-        rows = gate_up(layer, number).split(config.intermediate_size)
-        return rows[0] if role == "gate_proj" else rows[-1]
+        start = 0 if role == "gate_proj" else -config.intermediate_size
+        return gate_up(layer, number)[start:][: config.intermediate_size]
 
     def layer_experts(layer: int, block: str) -> Iterator[_Output]:
         for number in range(config.num_experts):

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeconsolidate.calibration import StreamedLayer
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.parts import expert_parts
+from moeconsolidate.streaming import embed, streamed_block
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.families import ModelConfig
 from moeruntime.kernels import activate
@@ -45,32 +45,33 @@ def num_inputs(variant_idx: int, num_variants: int) -> int:
 @torch.no_grad()
 def expert_inputs(
     checkpoint: Checkpoint,
-    windows_WT: Tensor,
+    windows: Tensor,
     count: int,
     *,
-    on_layer: Callable[[int], None] | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run text through a variant, a layer at a time, and keep what its experts are given.
+    """Run text through a variant, a block at a time, and keep what its experts are given.
 
     Args:
         checkpoint: the variant.
-        windows_WT: int64 token ids; every window stands alone.
+        windows: token ids, as `streaming` has them.
         count: inputs to keep of each layer, from places spread evenly over the text.
-        on_layer: called after each layer with its index.
+        on_block: called after each block with its index.
 
     Returns:
         float32 [L, count, H]: a layer's normed hidden states, before any router has chosen.
     """
-    chosen_WT = windows_WT[_spread(len(windows_WT), min(len(windows_WT), NUM_WINDOWS))]
-    places = _spread(chosen_WT.numel(), count)
-    hidden_WTH = checkpoint.read_non_expert("embed_tokens").float()[chosen_WT]
+    chosen = windows[_spread(len(windows), min(len(windows), NUM_WINDOWS))]
+    hidden = embed(checkpoint, chosen)
     kept = []
-    for idx in range(checkpoint.config.num_layers):
-        layer = StreamedLayer(checkpoint, idx)
-        kept.append(layer.expert_inputs(hidden_WTH).flatten(0, 1)[places])
-        hidden_WTH = layer.run(hidden_WTH)
-        if on_layer:
-            on_layer(idx)
+    for number in range(len(checkpoint.config.blocks)):
+        block = streamed_block(checkpoint, number)
+        if block.layer is not None:
+            inputs_NH = block.expert_inputs(hidden, chosen)
+            kept.append(inputs_NH[_spread(len(inputs_NH), count)])
+        hidden = block.run(hidden, chosen)
+        if on_block:
+            on_block(number)
     return torch.stack(kept)
 
 
