@@ -22,7 +22,7 @@ from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.parts import expert_parts
 from moeruntime.families import DecoderConfig, EncoderDecoderConfig
 from moeruntime.kernels import activate
-from moeruntime.models.layers import apply_rotary, relative_bias, rms_norm, rotary_tables
+from moeruntime.models.layers import apply_rotary, relative_buckets, rms_norm, rotary_tables
 from moeruntime.models.moe import over_capacity, route, route_first
 
 __all__ = [
@@ -270,13 +270,18 @@ class _EncoderDecoderBlock(StreamedBlock):
     def _attended(self, x: Tensor, real_WST: Tensor) -> Tensor:
         """The block's half after attention to itself and, in the decoder, to the encoder."""
         own_WTH, num_tokens = x[:, self._stack], x.shape[2]
-        bias_NTT = relative_bias(
-            self._bias_BN,
-            range(num_tokens),
-            num_tokens,
-            causal=bool(self._stack),
+        place_T = torch.arange(num_tokens)
+        ahead_TT = place_T - place_T[:, None]
+        causal = bool(self._stack)
+        bucket_TT = relative_buckets(
+            ahead_TT,
+            len(self._bias_BN),
+            causal=causal,
             max_distance=self._config.max_distance,
         )
+        bias_NTT = self._bias_BN[bucket_TT].permute(2, 0, 1)
+        if causal:
+            bias_NTT = bias_NTT.masked_fill(ahead_TT > 0, -torch.inf)
         normed_WTH = self._norm(own_WTH, "input_norm")
         keys_WT = real_WST[:, self._stack]
         own_WTH = own_WTH + self._attention(normed_WTH, normed_WTH, "", keys_WT, bias_NTT)

@@ -10,7 +10,6 @@ from moeruntime.kernels.reference import (
     expert_mlp,
     grouped_linear,
     paged_attention,
-    span_attention,
     write_cache,
 )
 
@@ -20,6 +19,5 @@ __all__ = [
     "expert_mlp",
     "grouped_linear",
     "paged_attention",
-    "span_attention",
     "write_cache",
 ]

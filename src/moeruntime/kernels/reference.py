@@ -24,7 +24,6 @@ __all__ = [
     "expert_mlp",
     "grouped_linear",
     "paged_attention",
-    "span_attention",
     "write_cache",
 ]
 
@@ -124,12 +123,8 @@ def paged_attention(
     spans: Sequence[tuple[int, int, int]],
     block_tables: Sequence[Tensor],
     sliding_window: int | None,
-    *,
-    causal: bool = True,
-    biases: Sequence[Tensor] | None = None,
-    scale: float | None = None,
 ) -> Tensor:
-    """Grouped-query attention of each sequence's new tokens over its cached ones.
+    """Causal grouped-query attention of each sequence's new tokens over its cached ones.
 
     Args:
         query_TQD: queries of all sequences of the step, rotary applied.
@@ -139,25 +134,19 @@ def paged_attention(
             including the new ones.
         block_tables: int64 block numbers, one tensor a sequence.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
-        causal: False where the cached tokens are another sequence's, all of which may be seen.
-        biases: in place of the masks above, what is added to each sequence's scores,
-            [Q, new, context].
-        scale: of the scores; None is 1 / sqrt(D).
 
     Returns:
         [T, Q * D] in the query's dtype.
     """
     out = torch.empty_like(query_TQD)
-    for idx, ((start, stop, context), table) in enumerate(zip(spans, block_tables, strict=True)):
+    for (start, stop, context), table in zip(spans, block_tables, strict=True):
         key = keys[table].flatten(0, 1)[:context].transpose(0, 1)
         value = values[table].flatten(0, 1)[:context].transpose(0, 1)
         query = query_TQD[start:stop].transpose(0, 1)
         num_new = stop - start
-        whole_prompt = causal and biases is None and num_new == context and sliding_window is None
+        whole_prompt = num_new == context and sliding_window is None
         mask = None
-        if biases is not None:
-            mask = biases[idx]
-        elif causal and not whole_prompt and (num_new > 1 or sliding_window is not None):
+        if not whole_prompt and (num_new > 1 or sliding_window is not None):
             mask = _causal_mask(num_new, context, sliding_window, query.device)
         attended = F.scaled_dot_product_attention(
             query[None],
@@ -165,41 +154,8 @@ def paged_attention(
             value[None],
             attn_mask=mask,
             is_causal=whole_prompt and num_new > 1,
-            scale=scale,
             enable_gqa=query.shape[0] != key.shape[0],
         )
-        out[start:stop] = attended[0].transpose(0, 1)
-    return out.flatten(1)
-
-
-def span_attention(
-    query_TQD: Tensor,
-    key_TQD: Tensor,
-    value_TQD: Tensor,
-    spans: Sequence[tuple[int, int, int]],
-    biases: Sequence[Tensor],
-    *,
-    scale: float,
-) -> Tensor:
-    """Attention of each sequence's tokens over all of them, without a cache.
-
-    Args:
-        query_TQD: queries of all sequences; keys and values have the same shape.
-        key_TQD: keys.
-        value_TQD: values.
-        spans: (start, stop, ...) a sequence.
-        biases: added to each sequence's scores, [Q, new, new].
-        scale: of the scores.
-
-    Returns:
-        [T, Q * D] in the query's dtype.
-    """
-    out = torch.empty_like(query_TQD)
-    for (start, stop, _), bias in zip(spans, biases, strict=True):
-        query, key, value = (
-            one[start:stop].transpose(0, 1)[None] for one in (query_TQD, key_TQD, value_TQD)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         out[start:stop] = attended[0].transpose(0, 1)
     return out.flatten(1)
 

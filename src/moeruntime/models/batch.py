@@ -53,7 +53,8 @@ class Batch:
         spans: (start, stop, context) a sequence, in the order of the batch.
         spans_on_device: the same with the cache blocks of each sequence.
         sources: the encoder's step before this one, over those sources that have not been read.
-        source_spans, source_tables: (start, stop, source tokens) a sequence, and int32 blocks.
+        source_spans: (start, stop, source tokens) a sequence, where there is an encoder.
+        sources_on_device: the same with the cache blocks of each source.
     """
 
     token_ids_T: Tensor
@@ -66,7 +67,7 @@ class Batch:
     spans_on_device: Spans
     sources: Batch | None = None
     source_spans: tuple[tuple[int, int, int], ...] = ()
-    source_tables: tuple[Tensor, ...] = ()
+    sources_on_device: Spans | None = None
 
     @classmethod
     def build(cls, sequences: Sequence[Span], device: torch.device) -> Batch:
@@ -93,7 +94,15 @@ class Batch:
         packed = torch.tensor([tokens, positions, slots, variants, rows])
         packed = to_device(packed, device)
         token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
-        source_spans, source_tables = _sources(sequences, spans, device)
+        source_spans: tuple[tuple[int, int, int], ...] = ()
+        sources_on_device = None
+        if any(one.num_source for one in sequences):
+            source_spans = tuple(
+                (start, stop, one.num_source)
+                for one, (start, stop, _) in zip(sequences, spans, strict=True)
+            )
+            tables = [one.source_table for one in sequences]
+            sources_on_device = Spans.build(source_spans, tables, device)
         return cls(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -105,7 +114,7 @@ class Batch:
             spans_on_device=Spans.build(spans, [s.block_table for s in sequences], device),
             sources=cls._to_encode(sequences, device),
             source_spans=source_spans,
-            source_tables=source_tables,
+            sources_on_device=sources_on_device,
         )
 
     @classmethod
@@ -120,7 +129,11 @@ class Batch:
     @property
     def block_tables(self) -> list[Tensor]:
         """int32 cache blocks of each sequence."""
-        return _tables(self.spans_on_device, self.spans)
+        tables_SB = self.spans_on_device.tables_SB
+        return [
+            table_B[: blocks_for(context)]
+            for table_B, (_, _, context) in zip(tables_SB, self.spans, strict=True)
+        ]
 
     @property
     def last_rows(self) -> list[int]:
@@ -138,24 +151,3 @@ def token_groups(slots: Iterable[int]) -> tuple[TokenGroup, ...]:
         start = stop
     assert len({group.slot for group in groups}) == len(groups), "tokens not sorted by slot"
     return tuple(groups)
-
-
-def _sources(
-    sequences: Sequence[Span], spans: Sequence[tuple[int, int, int]], device: torch.device
-) -> tuple[tuple[tuple[int, int, int], ...], tuple[Tensor, ...]]:
-    """Where a decoder's sequences find what their encoder has read; nothing without one."""
-    if not any(one.num_source for one in sequences):
-        return (), ()
-    places = tuple(
-        (start, stop, one.num_source)
-        for one, (start, stop, _) in zip(sequences, spans, strict=True)
-    )
-    tables = Spans.build(places, [one.source_table for one in sequences], device)
-    return places, tuple(_tables(tables, places))
-
-
-def _tables(spans_on_device: Spans, spans: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-    return [
-        table_B[: blocks_for(context)]
-        for table_B, (_, _, context) in zip(spans_on_device.tables_SB, spans, strict=True)
-    ]

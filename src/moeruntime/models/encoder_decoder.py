@@ -18,8 +18,9 @@ from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import ExpertPool
-from moeruntime.models.layers import relative_bias, rms_norm
+from moeruntime.models.layers import rms_norm
 from moeruntime.models.moe import over_capacity, route_first
+from moeruntime.models.padded import PaddedAttention, RelativePositions
 
 __all__ = ["EncoderDecoder"]
 
@@ -60,13 +61,17 @@ class EncoderDecoder:
         before_layer(-1)
         encoded_SH = None if batch.sources is None else self._encode(batch.sources, before_layer)
         hidden_TH = self.weights["embed_tokens"][batch.slot_T, batch.token_ids_T]
-        biases = self._biases(batch, config.decoder[0], causal=True)
+        own = self._attention(batch, config.decoder[0], causal=True)
+        assert batch.sources_on_device is not None
+        cross = PaddedAttention(
+            batch.source_spans, batch.sources_on_device, num_heads=config.num_heads
+        )
         for number, block in enumerate(config.decoder):
             before_layer(config.encoder_blocks + number)
-            hidden_TH = hidden_TH + self._self_attention(number, hidden_TH, batch, biases)
+            hidden_TH = hidden_TH + self._self_attention(number, hidden_TH, batch, own)
             if encoded_SH is not None and batch.sources is not None:
                 self._keep_encoded(number, encoded_SH, batch.sources)
-            hidden_TH = hidden_TH + self._cross_attention(number, hidden_TH, batch)
+            hidden_TH = hidden_TH + self._cross_attention(number, hidden_TH, batch, cross)
             hidden_TH = hidden_TH + self._feed_forward(block, hidden_TH, batch)
         before_layer(len(config.blocks))
         return self._norm(hidden_TH, "final_norm", batch)
@@ -84,27 +89,25 @@ class EncoderDecoder:
         """What the encoder makes of whole sources: hidden_SH after its final norm."""
         config = self.config
         hidden_SH = self.weights["embed_tokens"][sources.slot_T, sources.token_ids_T]
-        biases = self._biases(sources, config.encoder[0], causal=False)
+        attend = self._attention(sources, config.encoder[0], causal=False)
         for number, block in enumerate(config.encoder):
             before_layer(number)
             normed_SH = self._norm(hidden_SH, f"{block}.input_norm", sources)
             query, key, value = self._heads(normed_SH, f"{block}.qkv_proj", sources).chunk(3, dim=1)
-            attended = kernels.span_attention(query, key, value, sources.spans, biases, scale=1.0)
+            attended = attend(query, key, value)
             hidden_SH = hidden_SH + self._project(attended, f"{block}.o_proj", sources)
             hidden_SH = hidden_SH + self._feed_forward(block, hidden_SH, sources)
         return self._norm(hidden_SH, "encoder.final_norm", sources)
 
     def _self_attention(
-        self, number: int, x_TH: Tensor, batch: Batch, biases: Sequence[Tensor]
+        self, number: int, x_TH: Tensor, batch: Batch, attend: PaddedAttention
     ) -> Tensor:
         block, keys, values = self._cached(number)
         normed_TH = self._norm(x_TH, f"{block}.input_norm", batch)
         query, key, value = self._heads(normed_TH, f"{block}.qkv_proj", batch).chunk(3, dim=1)
         kernels.write_cache(keys, batch.cache_rows_T, key)
         kernels.write_cache(values, batch.cache_rows_T, value)
-        attended = kernels.paged_attention(
-            query, keys, values, batch.spans, batch.block_tables, None, biases=biases, scale=1.0
-        )
+        attended = attend(query, keys.flatten(0, 1), values.flatten(0, 1))
         return self._project(attended, f"{block}.o_proj", batch)
 
     def _keep_encoded(self, number: int, encoded_SH: Tensor, sources: Batch) -> None:
@@ -114,19 +117,13 @@ class EncoderDecoder:
         kernels.write_cache(keys, sources.cache_rows_T, key)
         kernels.write_cache(values, sources.cache_rows_T, value)
 
-    def _cross_attention(self, number: int, x_TH: Tensor, batch: Batch) -> Tensor:
+    def _cross_attention(
+        self, number: int, x_TH: Tensor, batch: Batch, attend: PaddedAttention
+    ) -> Tensor:
         block, keys, values = self._cached(number)
         normed_TH = self._norm(x_TH, f"{block}.cross_norm", batch)
-        attended = kernels.paged_attention(
-            self._heads(normed_TH, f"{block}.cross_q_proj", batch),
-            keys,
-            values,
-            batch.source_spans,
-            batch.source_tables,
-            None,
-            causal=False,
-            scale=1.0,
-        )
+        query = self._heads(normed_TH, f"{block}.cross_q_proj", batch)
+        attended = attend(query, keys.flatten(0, 1), values.flatten(0, 1))
         return self._project(attended, f"{block}.cross_o_proj", batch)
 
     def _feed_forward(self, block: str, x_TH: Tensor, batch: Batch) -> Tensor:
@@ -166,20 +163,18 @@ class EncoderDecoder:
         )
         return out_TH.masked_fill(full_T[:, None], 0)
 
-    def _biases(self, batch: Batch, block: str, *, causal: bool) -> list[Tensor]:
-        """Each sequence's position bias [N, new, context], which all blocks of a stack share."""
+    def _attention(self, batch: Batch, block: str, *, causal: bool) -> PaddedAttention:
+        """A stack's attention to itself; all of its blocks share the first one's position bias."""
+        config = self.config
         bias_RBN = self.weights[f"{block}.position_bias"]
-        slot_of = {start: group.slot for group in batch.groups for start in range(*group[1:])}
-        return [
-            relative_bias(
-                bias_RBN[slot_of[start]],
-                range(context - (stop - start), context),
-                context,
-                causal=causal,
-                max_distance=self.config.max_distance,
-            )
-            for start, stop, context in batch.spans
-        ]
+        return PaddedAttention(
+            batch.spans,
+            batch.spans_on_device,
+            num_heads=config.num_heads,
+            cached=causal,
+            positions=RelativePositions(bias_RBN, causal, config.max_distance),
+            slot_T=batch.slot_T,
+        )
 
     def _cached(self, number: int) -> tuple[str, Tensor, Tensor]:
         """A decoder block's prefix, and its keys and values in the cache."""

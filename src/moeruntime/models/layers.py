@@ -1,7 +1,6 @@
 """Normalisation and positions, rotary or relative, for a step of mixed variants.
 
-Legend: T tokens, R resident slots, H hidden, N heads, D head dimension; Q queries, K keys, B
-buckets of distances.
+Legend: T tokens, R resident slots, H hidden, N heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from moeruntime.families import DecoderConfig
 __all__ = [
     "apply_rotary",
     "half_rotary_tables",
-    "relative_bias",
+    "relative_buckets",
     "rms_norm",
     "rotary_bytes",
     "rotary_tables",
@@ -60,34 +59,27 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def relative_bias(
-    bias_BN: Tensor, queries: range, num_keys: int, *, causal: bool, max_distance: int
+def relative_buckets(
+    ahead: Tensor, num_buckets: int, *, causal: bool, max_distance: int
 ) -> Tensor:
-    """What a relative position bias adds to attention scores (Raffel et al. 2020, T5).
+    """The bucket of a relative position, whose bias is added to a score (Raffel et al. 2020, T5).
 
     Near distances have a bucket each, far ones share buckets that grow with the logarithm of the
-    distance; both directions have half of the buckets each unless only the past may be seen.
+    distance; both directions have half of the buckets each unless only the past is seen.
 
     Args:
-        bias_BN: each bucket's bias for each head.
-        queries: positions of the queries.
-        num_keys: keys are at 0 to num_keys - 1.
-        causal: a query sees no later keys: their bias is minus infinity.
+        ahead: int64; how far a key lies ahead of a query, negative behind it.
+        num_buckets: in all.
+        causal: only the past is seen; keys ahead get the bucket of distance 0.
         max_distance: all distances from here on share the last bucket.
 
     Returns:
-        [N, Q, K] in the dtype of bias_BN.
+        int64 in the shape of `ahead`.
     """
-    device = bias_BN.device
-    query_Q = torch.arange(queries.start, queries.stop, device=device)
-    ahead_QK = torch.arange(num_keys, device=device) - query_Q[:, None]
-    num_buckets = len(bias_BN) if causal else len(bias_BN) // 2
-    distance_QK = ahead_QK.neg().clamp(min=0) if causal else ahead_QK.abs()
-    near = num_buckets // 2
-    growth = (distance_QK.float() / near).log() / math.log(max_distance / near)
-    far_QK = near + (growth.clamp(min=0) * (num_buckets - near)).long()
-    bucket_QK = torch.where(distance_QK < near, distance_QK, far_QK.clamp(max=num_buckets - 1))
-    if not causal:
-        bucket_QK += num_buckets * (ahead_QK > 0)
-    bias_NQK = bias_BN[bucket_QK].permute(2, 0, 1)
-    return bias_NQK.masked_fill(ahead_QK > 0, -torch.inf) if causal else bias_NQK
+    distance = ahead.neg().clamp(min=0) if causal else ahead.abs()
+    num_each = num_buckets if causal else num_buckets // 2
+    near = num_each // 2
+    growth = (distance.float() / near).log() / math.log(max_distance / near)
+    far = near + (growth.clamp(min=0) * (num_each - near)).long()
+    bucket = torch.where(distance < near, distance, far.clamp(max=num_each - 1))
+    return bucket if causal else bucket + num_each * (ahead > 0)
