@@ -55,14 +55,22 @@ def read_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def encode_pairs(text: VariantText, pairs: Sequence[Pair], limit: int) -> list[TokenPair]:
-    """Token ids of pairs, each side cut to `limit` tokens, of which the last stays the last."""
+def encode_pairs(
+    text: VariantText, pairs: Sequence[Pair], limit: int, target_limit: int | None = None
+) -> list[TokenPair]:
+    """Token ids of pairs, each side cut to a number of tokens, of which the last stays the last.
 
-    def encode(side: str) -> list[int]:
+    Targets are cut to `limit` too unless they have a limit of their own.
+    """
+
+    def encode(side: str, most: int) -> list[int]:
         ids = text.encode_document(side)
-        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+        return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
 
-    return [TokenPair(encode(pair.input), encode(pair.target)) for pair in pairs]
+    return [
+        TokenPair(encode(pair.input, limit), encode(pair.target, target_limit or limit))
+        for pair in pairs
+    ]
 
 
 def pair_windows(checkpoint: Checkpoint, files: Sequence[Path]) -> Windows:

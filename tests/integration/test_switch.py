@@ -241,7 +241,7 @@ def test_an_encoder_decoder_cannot_write_its_own_calibration_text(
 
 
 def test_requests_that_do_not_fit(switch_pack: Path) -> None:
-    with Engine.from_pack(switch_pack, cache_bytes=2 * 16 * 2 * 4 * 32 * 4 * 4) as engine:
+    with Engine.from_pack(switch_pack, cache_bytes=2 * 16_384) as engine:
         with pytest.raises(RequestError, match="cache blocks"):
             engine.submit(Request("first", [7] * 100))
         with pytest.raises(RequestError, match="more than the context of 2048"):
