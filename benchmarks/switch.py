@@ -79,7 +79,9 @@ class Task:
     def compare(self, texts: Sequence[str]) -> float:
         """Mean of exact matches, or of ROUGE-L."""
         if self.metric == "exact":
-            hits = [text.strip() == wanted for text, wanted in zip(texts, self.targets, strict=True)]
+            hits = [
+                text.strip() == wanted for text, wanted in zip(texts, self.targets, strict=True)
+            ]
             return sum(hits) / len(hits)
         scorer = RougeScorer(["rougeL"])
         scores = [

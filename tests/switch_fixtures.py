@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+from moeruntime.errors import CheckpointError
+from moeruntime.families.switch import SWITCH
+from moeruntime.strict_json import Fields
 
 SWITCH_SHAPE: dict[str, Any] = {
     "vocab_size": 4096,
@@ -46,6 +52,30 @@ def make_switch(folder: Path, tokenizer: Path, *, seed: int, **changes: Any) -> 
     for stack in (model.encoder, model.decoder):  # not tied to it where the head is not
         stack.embed_tokens.weight.data = model.shared.weight.data.clone()
     model.to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / file, folder)
+    return folder
+
+
+def write_switch(folder: Path, tokenizer: Path, *, seed: int, **changes: Any) -> Path:
+    """The same from names alone, without transformers, whose import takes seconds."""
+    raw = SWITCH_SHAPE | {"model_type": "switch_transformers"} | changes
+    config = SWITCH.parse_config(Fields(raw, "config.json", CheckpointError))
+    shapes: dict[str, tuple[int, ...]] = {
+        SWITCH.non_expert_name(role): shape for role, shape in config.non_expert_shapes().items()
+    }
+    for block in config.layers:
+        for expert in range(config.num_experts):
+            for role, shape in config.expert_shapes.items():
+                shapes[SWITCH.expert_name(block, expert, role)] = shape
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * 0.1).bfloat16()
+        for name, shape in shapes.items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / file, folder)
     return folder

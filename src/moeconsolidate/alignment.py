@@ -58,8 +58,8 @@ def reorder_statistics(
 ) -> Statistics:
     """The calibration of a variant, some experts of which were reordered in one layer.
 
-    Neurons are gate_up's outputs, twice over where there is a gate, and down's inputs. Where second moments are kept in
-    blocks, what lay between two old blocks is 0 in the new ones too.
+    Neurons are gate_up's outputs, twice over where there is a gate, and down's inputs. Where second
+    moments are kept in blocks, what lay between two old blocks is 0 in the new ones too.
 
     Args:
         statistics: left as it is.

@@ -5,8 +5,8 @@ A model's content digest is the sha256 of one line a tensor::
     layers.3.q_proj BF16 96,96 <sha256 of the tensor's bytes, row-major, little-endian>
 
 non-expert tensors first, in the order a forward pass meets them, then the experts by layer and
-number, each as gate_proj (if it has one), up_proj, down_proj. So shards, fused experts and older tensor names do
-not matter, and one changed bit does.
+number, each as gate_proj (if it has one), up_proj, down_proj. So shards, fused experts and older
+tensor names do not matter, and one changed bit does.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def resolve_recipe(
     if calibration == "self" and checkpoints[0].config.has_encoder:
         raise UsageError(
             "an encoder-decoder cannot write what its encoder is to read: give every variant "
-            "--calibration with its pairs, {\"input\": ..., \"target\": ...} a line"
+            '--calibration with its pairs, {"input": ..., "target": ...} a line'
         )
     return Recipe(
         threshold=threshold,

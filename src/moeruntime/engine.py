@@ -7,7 +7,7 @@ them all together, the sampler chooses. Everything else here is admission and te
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -97,7 +97,8 @@ class Engine:
                 not all variants are resident; a prompt can begin on them while the others are
                 copied. Costs what a layer's own weights take, times the variants, and before the
                 first one the embedding's. None keeps one layer on a GPU where that is cheap.
-            prefix_cache: reuse keys and values of requests of the same variant that began alike.
+            prefix_cache: reuse keys and values of requests of a variant that began alike; without
+                effect where there is an encoder, whose source decides all of them.
             on_progress: called with a line for each part loaded.
 
         Raises:
@@ -169,7 +170,6 @@ class Engine:
             self.residency,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
-            # Where there is an encoder, all that decoder tokens depend on is not among them.
             prefix_cache=prefix_cache and not manifest.config.has_encoder,
         )
         self._prompts = Prompts(source, self.memory.num_blocks)
@@ -231,10 +231,9 @@ class Engine:
         sampling = self._prompts.fit(request.sampling, len(prompt_ids))
         if sampling.seed is None and sampling.temperature > 0:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        request_id = self._next_id
-        self._next_id += 1
-        begins, source = self._prompts.sides(prompt_ids)
-        sequence = TokenSequence(request_id, request.variant, begins, sampling, source)
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        sides = self._prompts.sides(prompt_ids)
+        sequence = TokenSequence(request_id, request.variant, sides[0], sampling, sides[1])
         stream = self._prompts.text(request.variant).stream(sampling.stop)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)
@@ -348,11 +347,10 @@ class Engine:
         Args:
             variant: whose weights to use.
             windows: token ids; each window stands alone and fits the context.
-            sources: of an encoder-decoder, what its encoder reads for each window; the windows are
-                its decoder's tokens then, and the first of them follows its start token.
+            sources: what an encoder reads for each window, whose first token then is scored too.
 
         Returns:
-            One float32 CPU tensor a window, one shorter than a decoder-only model's window.
+            One float32 CPU tensor a window; without an encoder one shorter than the window.
 
         Raises:
             RequestError: unknown variant, or a window that is empty or does not fit.
@@ -360,13 +358,10 @@ class Engine:
         """
         return self._scorer.score(variant, windows, sources)
 
-    def logprobs(
-        self, variant: str, windows: Windows, sources: Windows = ()
-    ) -> Iterator[Tensor]:
+    def logprobs(self, variant: str, windows: Windows, sources: Windows = ()) -> Iterator[Tensor]:
         """Log-probabilities (natural) of the whole vocabulary after each token of each window.
 
-        Takes and raises what `score` does; an encoder-decoder's first are those after its start
-        token, and those after the last token are left out.
+        With an encoder before each token instead. Takes and raises what `score` does.
 
         Yields:
             One float32 CPU tensor [T, V] a window; the engine is busy until the last is taken.

@@ -133,7 +133,7 @@ class BlockPool:
 
 
 class KVCache:
-    """Keys and values of every attention layer: `keys[layer]` and `values[layer]`, [blocks, B, KV, D].
+    """Keys and values of every cached block: `keys[number]`, `values[number]`, [blocks, B, KV, D].
 
     B is BLOCK_TOKENS, KV the key-value heads, D the head dimension.
     """

@@ -141,7 +141,9 @@ class Scorer:
         try:
             left = iter(blocks)
             spans = [
-                self._runner.span(variant, job.ids, 0, list(islice(left, job.num_blocks)), job.source)
+                self._runner.span(
+                    variant, job.ids, 0, list(islice(left, job.num_blocks)), job.source
+                )
                 for job in jobs
             ]
             batch = Batch.build(spans, self._runner.device)

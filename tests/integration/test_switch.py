@@ -54,7 +54,9 @@ def random_ids(length: int, seed: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Two variants of little capacity: many of their tokens find an expert full."""
     root = tmp_path_factory.mktemp("switch")
     small = {"num_layers": 2, "num_decoder_layers": 2, "expert_capacity": 5}
@@ -73,7 +75,23 @@ def switch_pack(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def pairs_file(tmp_path: Path) -> Path:
     path = tmp_path / "pairs.jsonl"
-    words = "the quick brown fox jumps over a lazy dog and runs far away from here".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "runs",
+        "far",
+        "away",
+        "from",
+        "here",
+    ]
     rng = random.Random(0)
     lines = [
         {"input": " ".join(rng.choices(words, k=9)), "target": " ".join(rng.choices(words, k=4))}

@@ -12,7 +12,14 @@ from moeruntime.kv_cache import BLOCK_TOKENS, KVCache
 from moeruntime.pack import WeightSource
 from moeruntime.pack.manifest import Face
 
-__all__ = ["decoder_config", "dense_bytes", "experts_bytes", "prompt_bytes", "prompt_flops", "step_bytes"]
+__all__ = [
+    "decoder_config",
+    "dense_bytes",
+    "experts_bytes",
+    "prompt_bytes",
+    "prompt_flops",
+    "step_bytes",
+]
 
 # From so many pairs an expert on, every expert meets some token in all likelihood.
 MANY_PAIRS = 8

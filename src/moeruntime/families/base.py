@@ -30,6 +30,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sliding_window": (1, 2**40),
     "expert_capacity": (1, 2**40),
     "decoder_start_id": (0, MAX_DIM),
+    "encoder_blocks": (1, 4096),
+    "decoder_blocks": (1, 4096),
     "encoder_sparse_step": (0, MAX_DIM),
     "decoder_sparse_step": (0, MAX_DIM),
     "rms_norm_eps": (0.0, 1.0),

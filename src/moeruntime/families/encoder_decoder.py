@@ -96,19 +96,18 @@ class EncoderDecoderConfig(ModelConfig):
         """Shape of every non-expert role, in the order a forward pass meets them."""
         hidden, sparse = self.hidden_size, set(self.layers)
         shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (self.vocab_size, hidden)}
-        for stack in (self.encoder, self.decoder):
+        for stack, kinds in ((self.encoder, ("",)), (self.decoder, ("", "cross_"))):
             shapes[f"{stack[0]}.position_bias"] = (self.num_buckets, self.num_heads)
             for block in stack:
-                shapes |= self._attention_shapes(block, "")
-                if block in self.decoder:
-                    shapes |= self._attention_shapes(block, "cross_")
+                for kind in kinds:
+                    shapes |= self._attention_shapes(block, kind)
                 shapes[f"{block}.post_attention_norm"] = (hidden,)
                 if block in sparse:
                     shapes[f"{block}.router"] = (self.num_experts, hidden)
                 else:
                     shapes[f"{block}.up_proj"] = (self.intermediate_size, hidden)
                     shapes[f"{block}.down_proj"] = (hidden, self.intermediate_size)
-            if stack == self.encoder:
+            if kinds == ("",):
                 shapes["encoder.final_norm"] = (hidden,)
         shapes["final_norm"] = (hidden,)
         if not self.tie_embeddings:

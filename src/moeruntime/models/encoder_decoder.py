@@ -139,9 +139,7 @@ class EncoderDecoder:
     def _experts(self, layer: int, router: str, x_TH: Tensor, batch: Batch) -> Tensor:
         config = self.config
         # The router alone computes in float32, as the paper's selective precision has it.
-        logits_TE = kernels.grouped_linear(
-            x_TH.float(), self.weights[router].float(), batch.groups
-        )
+        logits_TE = kernels.grouped_linear(x_TH.float(), self.weights[router].float(), batch.groups)
         experts_T, weights_T = route_first(logits_TE)
         faces_TE = self.faces_VLE[batch.variant_T, layer]
         out_TH = kernels.expert_mlp(

@@ -59,9 +59,7 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def relative_buckets(
-    ahead: Tensor, num_buckets: int, *, causal: bool, max_distance: int
-) -> Tensor:
+def relative_buckets(ahead: Tensor, num_buckets: int, *, causal: bool, max_distance: int) -> Tensor:
     """The bucket of a relative position, whose bias is added to a score (Raffel et al. 2020, T5).
 
     Near distances have a bucket each, far ones share buckets that grow with the logarithm of the
