@@ -23,7 +23,7 @@ __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 # Activations, the allocator's rounding, and on a GPU the context and library workspaces.
 RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 # On a CPU nested experts are decoded when tokens come; so much of what was decoded lately is kept.
-# CUDA kernels decode in registers.
+# CUDA kernels decode in registers; encoder-decoders have none of their own yet.
 DECODED_BYTES = 256 * 2**20
 # Unless told otherwise, the first layer of every variant stays on a GPU where all of them together
 # take at most this part of what the weights leave free: a prompt can begin at once then.
@@ -38,7 +38,8 @@ class MemoryPlan:
 
     Attributes:
         experts_bytes: all slots of all layers, as they are stored.
-        decoded_bytes: nested experts kept decoded; 0 for a plain pack, and on CUDA.
+        decoded_bytes: nested experts kept decoded; 0 for a plain pack, and where CUDA kernels
+            decode.
         shared_bytes: non-expert tensors that all variants have in common.
         resident_bytes: the resident variants' own non-expert tensors.
         kept_bytes: every variant's copy of the first layers, where some are kept on the device.
@@ -172,7 +173,7 @@ def _experts_bytes(manifest: Manifest, dtype: torch.dtype, device: torch.device)
     one = manifest.config.expert_numel * dtype.itemsize
     if manifest.nested is None:
         return sum(manifest.num_slots) * one, 0
-    if device.type == "cuda":
+    if device.type == "cuda" and not manifest.config.has_encoder:
         return manifest.coded_bytes(), 0
     return manifest.coded_bytes(), min(DECODED_BYTES, sum(_num_faces(manifest)) * one)
 
