@@ -6,13 +6,22 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeconsolidate import consolidate
 from moeruntime import Engine, Request, SamplingParams
 from runtime_fixtures import relative_error
 from switch_fixtures import write_switch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.fixture(scope="module", params=[1.0, 0.0], ids=["plain", "nested"])

@@ -132,7 +132,7 @@ def test_attention_without_a_cache_sees_its_own_sequence() -> None:
         torch.testing.assert_close(found[own], expected)
 
 
-# -- config and parameters --------------------------------------------------------------------------
+# -- config and parameters -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
