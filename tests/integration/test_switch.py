@@ -262,8 +262,8 @@ def test_requests_that_do_not_fit(switch_pack: Path) -> None:
     with Engine.from_pack(switch_pack, cache_bytes=2 * 16_384) as engine:
         with pytest.raises(RequestError, match="cache blocks"):
             engine.submit(Request("first", [7] * 100))
-        with pytest.raises(RequestError, match="more than the context of 2048"):
-            engine.submit(Request("first", [7] * 2049))
+        with pytest.raises(RequestError, match="more than the context of 1024"):
+            engine.submit(Request("first", [7] * 1025))
         with pytest.raises(RequestError, match="prompt is empty"):
             engine.submit(Request("first", []))
         with pytest.raises(RequestError, match="0 sources for 1 windows"):

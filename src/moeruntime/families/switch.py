@@ -12,8 +12,9 @@ from moeruntime.strict_json import Fields
 
 __all__ = ["SWITCH"]
 
-MAX_CONTEXT = 2048
-"""Relative positions set no limit; an engine needs one, to plan its memory."""
+MAX_CONTEXT = 1024
+"""Relative positions set no limit, but an engine needs one, to plan its memory. Published models
+were trained on half of it."""
 
 
 def _parse_config(source: Fields) -> ModelConfig:

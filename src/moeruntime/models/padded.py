@@ -22,7 +22,7 @@ from moeruntime.models.layers import relative_buckets
 
 __all__ = ["PaddedAttention", "RelativePositions"]
 
-MAX_SCORES = 2**24
+MAX_SCORES = 2**23
 """Scores of sequences that run together, unless a single one has more."""
 
 
