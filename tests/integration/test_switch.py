@@ -271,3 +271,18 @@ def test_requests_that_do_not_fit(switch_pack: Path) -> None:
         with pytest.raises(RequestError, match="no token to score"):
             engine.score("first", [[7, 8]], [[]])
         assert len(engine.generate([Request("first", [7] * 16, SamplingParams(16))])) == 1
+
+
+@pytest.mark.parametrize("resident", [1, 2])
+def test_memory_is_what_was_predicted(switch_pack: Path, resident: int) -> None:
+    with Engine.from_pack(switch_pack, device="cpu", resident=resident) as engine:
+        plan, cache = engine.memory, engine.model.cache
+        assert plan.cache_bytes == sum(one.nbytes for one in (*cache.keys, *cache.values))
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in engine.residency.weights.values()
+        }
+        assert plan.shared_bytes + plan.resident_bytes == sum(storages.values())
+        assert plan.host_bytes == engine.residency.copies_bytes[1]
+        pools = [tensor for pool in engine.model.experts for tensor in pool.tensors()]
+        assert plan.experts_bytes == sum(tensor.nbytes for tensor in pools)
