@@ -37,7 +37,7 @@ class RelativePositions:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sequences that run together, and what their scores are added to: mask [S, N or 1, Q, K]."""
+    """Sequences that run together; mask [S, N or 1, Q, K], added to scores or, boolean, seen."""
 
     query_rows_SQ: Tensor
     key_rows_SK: Tensor
@@ -138,7 +138,7 @@ def _group(
         key_rows_SK = start_S1 + key_SK
     hidden_SQK = (key_K >= context_S1)[:, None].expand(-1, num_queries, -1)
     if positions is None:
-        mask = torch.where(hidden_SQK, -torch.inf, 0.0)[:, None]
+        mask = ~hidden_SQK[:, None]
     else:
         assert slot_T is not None
         ahead_SQK = key_K - (context_S1 - count_S1 + query_SQ)[..., None]
