@@ -20,6 +20,7 @@ from moeconsolidate.pairs import pair_windows
 from moeconsolidate.streaming import PAD, embed, output_logits, predictions, streamed_block
 from moeruntime import Engine, Request, SamplingParams
 from moeruntime.errors import RequestError, UsageError
+from moeruntime.layout import private_stages
 from runtime_fixtures import assert_same_greedy, drain, relative_error
 from switch_fixtures import load_switch, make_switch, switch_greedy, switch_logprobs
 
@@ -286,3 +287,32 @@ def test_memory_is_what_was_predicted(switch_pack: Path, resident: int) -> None:
         assert plan.host_bytes == engine.residency.copies_bytes[1]
         pools = [tensor for pool in engine.model.experts for tensor in pool.tensors()]
         assert plan.experts_bytes == sum(tensor.nbytes for tensor in pools)
+
+
+def test_weights_are_not_used_before_they_have_arrived(
+    switch_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.from_pack(switch_pack, device="cpu") as engine:
+        config = engine.source.manifest.config
+        stage_of = {
+            parameter: number - 1
+            for number, stage in enumerate(private_stages(config, frozenset()))
+            for parameter in stage.places
+        }
+        arrived = -2
+        used: set[str] = set()
+
+        def gate(layer: int) -> None:
+            nonlocal arrived
+            arrived = layer
+
+        class Weights(dict[str, torch.Tensor]):
+            def __getitem__(self, parameter: str) -> torch.Tensor:
+                assert stage_of[parameter] <= arrived, parameter
+                used.add(parameter)
+                return super().__getitem__(parameter)
+
+        monkeypatch.setattr(engine.model, "weights", Weights(engine.model.weights))
+        monkeypatch.setattr(engine.residency, "gate", lambda variants: gate)
+        engine.generate([Request("first", [5, 6, 7], SamplingParams(max_tokens=3))])
+        assert used == set(stage_of)

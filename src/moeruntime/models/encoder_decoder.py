@@ -61,6 +61,7 @@ class EncoderDecoder:
         before_layer(-1)
         encoded_SH = None if batch.sources is None else self._encode(batch.sources, before_layer)
         hidden_TH = self.weights["embed_tokens"][batch.slot_T, batch.token_ids_T]
+        before_layer(config.encoder_blocks)
         own = self._attention(batch, config.decoder[0], causal=True)
         assert batch.sources_on_device is not None
         cross = PaddedAttention(
@@ -89,6 +90,7 @@ class EncoderDecoder:
         """What the encoder makes of whole sources: hidden_SH after its final norm."""
         config = self.config
         hidden_SH = self.weights["embed_tokens"][sources.slot_T, sources.token_ids_T]
+        before_layer(0)
         attend = self._attention(sources, config.encoder[0], causal=False)
         for number, block in enumerate(config.encoder):
             before_layer(number)
