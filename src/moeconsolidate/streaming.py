@@ -1,8 +1,8 @@
 """A model run a block at a time, in float32, differentiable and without a cache.
 
 Only one block's weights are in memory. What runs are *windows*, which stand alone: int64 [W, T]
-token ids; for an encoder-decoder [W, 2, T], what its encoder reads and what its decoder is given,
-its start token first, with PAD after the last token of each. Hidden states have the same shape and
+token ids; for an encoder-decoder [W, 2, T], what its encoder reads and what its decoder says, its
+start token first, with PAD after the last token of each. Hidden states have the same shape and
 H more: a block of either stack changes its own half and hands the other on.
 
 Legend: W windows of T tokens, S the stack, N real tokens of all windows, H hidden, I intermediate.
@@ -247,7 +247,7 @@ class _EncoderDecoderBlock(StreamedBlock):
             self._roles["encoded_norm"] = checkpoint.read_non_expert("encoder.final_norm").float()
 
     def forward(self, x: Tensor, windows: Tensor, taps: ExpertTaps | None) -> Tensor:
-        real_WST = windows != PAD
+        real_WST = _running(windows)
         own_WTH = self._attended(x, real_WST)
         real_WT = real_WST[:, self._stack]
         normed_NH = self._norm(own_WTH, "post_attention_norm")[real_WT]
@@ -263,7 +263,7 @@ class _EncoderDecoderBlock(StreamedBlock):
 
     @torch.no_grad()
     def expert_inputs(self, x: Tensor, windows: Tensor) -> Tensor:
-        real_WST = windows != PAD
+        real_WST = _running(windows)
         normed_WTH = self._norm(self._attended(x, real_WST), "post_attention_norm")
         return normed_WTH[real_WST[:, self._stack]]
 
@@ -315,3 +315,11 @@ class _EncoderDecoderBlock(StreamedBlock):
         )
         chosen_N = experts_N.masked_fill(full_N, config.num_experts)  # nobody
         return self._mix(x_NH, chosen_N[:, None], weights_N[:, None], taps)
+
+
+def _running(windows_W2T: Tensor) -> Tensor:
+    """Which tokens run: all real ones but the decoder's last, which is there to be predicted."""
+    real_W2T = windows_W2T != PAD
+    real_W2T[:, 1, :-1] &= real_W2T[:, 1, 1:].clone()
+    real_W2T[:, 1, -1] = False
+    return real_W2T

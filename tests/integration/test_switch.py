@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from moeconsolidate import consolidate
+from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.evaluation import evaluate_pack
 from moeconsolidate.export import export_variant
@@ -316,3 +317,47 @@ def test_weights_are_not_used_before_they_have_arrived(
         monkeypatch.setattr(engine.residency, "gate", lambda variants: gate)
         engine.generate([Request("first", [5, 6, 7], SamplingParams(max_tokens=3))])
         assert used == set(stage_of)
+
+
+def test_statistics_are_those_of_transformers_gradients(
+    folders: dict[str, Path], pairs_file: Path
+) -> None:
+    model = load_switch(folders["first"])
+    with Checkpoint("first", folders["first"]) as checkpoint:
+        config = checkpoint.config
+        windows = pair_windows(checkpoint, [pairs_file]).learned
+        found = collect(checkpoint, windows, seed=5)
+    outputs: dict[tuple[int, int], torch.Tensor] = {}
+    counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.int64)
+
+    def watch(layer: int, expert: int) -> Any:
+        def forward(_module: object, _args: object, out: torch.Tensor) -> None:
+            counts[layer, expert] += len(out)
+
+            def add(gradient: torch.Tensor) -> None:
+                one = outputs.setdefault((layer, expert), torch.zeros(gradient.shape[-1]))
+                one += gradient.square().sum(dim=0)
+
+            out.register_hook(add)
+
+        return forward
+
+    for layer, block in enumerate(config.layers):
+        stack, number = block.split(".")
+        sublayers = getattr(model, stack).block[int(number)].layer
+        for expert in range(config.num_experts):
+            wi = sublayers[-1].mlp.experts[f"expert_{expert}"].wi
+            wi.register_forward_hook(watch(layer, expert))
+    generator = torch.Generator().manual_seed(5)
+    num_tokens = 0
+    for source, decoded in windows:
+        ids, start = source[source != PAD], decoded[decoded != PAD][:-1]
+        logits_TV = model(input_ids=ids[None], decoder_input_ids=start[None]).logits[0]
+        drawn_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits_TV, drawn_T, reduction="sum").backward()
+        num_tokens += len(drawn_T)
+    assert found.num_tokens == num_tokens
+    assert torch.equal(found.num_routed_LE, counts)
+    for (layer, expert), expected_R in outputs.items():
+        found_R = found.layers[layer]["gate_up"].outputs_ER[expert]
+        torch.testing.assert_close(found_R, expected_R, rtol=1e-3, atol=1e-9)
