@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from moeruntime.errors import CheckpointError
-from moeruntime.families import EXPERT_ROLES
 from moeruntime.families.mixtral import MIXTRAL
 from moeruntime.strict_json import Fields
 from moeruntime.tensorfile import TensorFileWriter
@@ -72,9 +71,9 @@ def make_checkpoint(
         groups["model-rest.safetensors"][MIXTRAL.non_expert_name(role)] = shape
     for layer in range(num_layers):
         groups[f"model-{layer:03d}.safetensors"] = {
-            MIXTRAL.expert_name(layer, expert, role): config.expert_shapes[role]
+            MIXTRAL.expert_name(f"layers.{layer}", expert, role): shape
             for expert in range(num_experts)
-            for role in EXPERT_ROLES
+            for role, shape in config.expert_shapes.items()
         }
     total_bytes = 0
     common = torch.Generator().manual_seed(0)

@@ -102,9 +102,8 @@ def through_int4(weights_RC: Tensor) -> Tensor:
 
 def int4_ratio(config: ModelConfig) -> float:
     """Bytes of 4-bit codes and scales against 16-bit weights."""
-    hidden, inner = config.hidden_size, config.intermediate_size
     bits = 0
-    for num_rows, num_columns in ((2 * inner, hidden), (hidden, inner)):
+    for num_rows, num_columns in config.part_shapes.values():
         bits += num_rows * (4 * num_columns + 16 * -(-num_columns // INT4_GROUP))
     return bits / (16 * config.expert_numel)
 

@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moeconsolidate.importance import ExpertStatistics, Statistics, column_blocks
+from moeconsolidate.parts import expert_parts
 from moeruntime.families import ModelConfig
 
 __all__ = ["neuron_order", "reorder_neurons", "reorder_statistics"]
@@ -57,8 +58,8 @@ def reorder_statistics(
 ) -> Statistics:
     """The calibration of a variant, some experts of which were reordered in one layer.
 
-    Neurons are gate_up's outputs, twice over, and down's inputs. Where second moments are kept in
-    blocks, what lay between two old blocks is 0 in the new ones too.
+    Neurons are gate_up's outputs, twice over where there is a gate, and down's inputs. Where second
+    moments are kept in blocks, what lay between two old blocks is 0 in the new ones too.
 
     Args:
         statistics: left as it is.
@@ -72,7 +73,8 @@ def reorder_statistics(
     blocks = column_blocks(sum(moments_EKK.shape[-1] for moments_EKK in inputs_EKK))
     gate_up_samples, down_samples = dict(gate_up.samples), dict(down.samples)
     for expert, order_I in orders.items():
-        both_R = torch.cat([order_I, order_I + len(order_I)])
+        matrices = range(0, outputs_ER.shape[1], len(order_I))
+        both_R = torch.cat([order_I + start for start in matrices])
         outputs_ER[expert] = outputs_ER[expert, both_R]
         moment_II = down.whole_moment(expert)[order_I][:, order_I]
         for block, moments_EKK in zip(blocks, inputs_EKK, strict=True):
@@ -112,8 +114,7 @@ class _OneReplaced(Sequence[Mapping[str, ExpertStatistics]]):
         return len(self._layers)
 
 
-def _by_neuron(expert_P: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of gate_proj, up_proj and down_proj, each with a neuron a row: [I, H]."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    gate_IH, up_IH = expert_P[: 2 * inner * hidden].view(2, inner, hidden)
-    return gate_IH, up_IH, expert_P[2 * inner * hidden :].view(hidden, inner).T
+def _by_neuron(expert_P: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    """Views of gate_proj (if there is one), up_proj and down_proj, each with a neuron a row."""
+    gate_up, down_HI = expert_parts(expert_P, config)
+    return *gate_up.split(config.intermediate_size), down_HI.T

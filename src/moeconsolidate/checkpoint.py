@@ -22,7 +22,7 @@ from moeconsolidate.folder import TOKENIZER_FILE, read_config, read_side_files
 from moeconsolidate.plan import Origin
 from moeconsolidate.shards import Shards
 from moeruntime.errors import CheckpointError
-from moeruntime.families import EXPERT_ROLES, FAMILIES, Family, ModelConfig
+from moeruntime.families import FAMILIES, Family, ModelConfig
 from moeruntime.strict_json import Fields
 from moeruntime.tensorfile import FileTensor, TensorFile, dtype_name
 from moeruntime.text import parse_tokenizer
@@ -93,9 +93,9 @@ class Checkpoint:
                 role: self._claim(self.family.non_expert_name(role), shape)
                 for role, shape in self.config.non_expert_shapes().items()
             }
-            self._experts = [self._claim_layer(layer) for layer in range(self.config.num_layers)]
+            self._experts = [self._claim_layer(block) for block in self.config.layers]
             self.expert_dtype = self._one_expert_dtype()
-            self._drop_tied_head()
+            self._drop_copies()
             self._refuse_unclaimed()
         except BaseException:
             self.close()
@@ -123,7 +123,7 @@ class Checkpoint:
         Args:
             layer: its layer.
             expert: its number in this model.
-            out: [3 * I * H] of `expert_dtype`: gate_proj | up_proj | down_proj, flattened.
+            out: [P] of `expert_dtype`: gate_proj (if it has one) | up_proj | down_proj, flattened.
 
         Returns:
             A key that is equal for experts of equal bits, and for no others.
@@ -143,7 +143,7 @@ class Checkpoint:
             for piece, shape in zip(pieces, shapes.values(), strict=True)
         ]
         for role, digest in zip(shapes, digests, strict=True):
-            self._digests[expert_role(layer, expert, role)] = digest
+            self._digests[expert_role(self.config.layers[layer], expert, role)] = digest
         return " ".join(digest.sha256 for digest in digests)
 
     def expert(self, layer: int, expert: int) -> tuple[FileTensor, ...]:
@@ -220,17 +220,13 @@ class Checkpoint:
             )
         return location
 
-    def _claim_layer(self, layer: int) -> list[tuple[_Location, ...]]:
-        """Locate each expert of a layer: three tensors, or a row of each of two fused ones."""
+    def _claim_layer(self, block: str) -> list[tuple[_Location, ...]]:
+        """Locate each expert of a layer: a tensor a role, or a row of each of two fused ones."""
         config, family = self.config, self.family
-        hidden, inner = config.hidden_size, config.intermediate_size
-        fused = {
-            "gate_up_proj": (config.num_experts, 2 * inner, hidden),
-            "down_proj": (config.num_experts, hidden, inner),
-        }
-        if self._find(family.fused_name(layer, "gate_up_proj")):
+        if family.fused_names and self._find(family.fused_name(block, "gate_up_proj")):
             whole = [
-                self._claim(family.fused_name(layer, role), shape) for role, shape in fused.items()
+                self._claim(family.fused_name(block, f"{part}_proj"), (config.num_experts, *shape))
+                for part, shape in config.part_shapes.items()
             ]
             return [
                 tuple(_Location(one.file, one.tensor, expert) for one in whole)
@@ -238,8 +234,8 @@ class Checkpoint:
             ]
         return [
             tuple(
-                self._claim(family.expert_name(layer, expert, role), config.expert_shapes[role])
-                for role in EXPERT_ROLES
+                self._claim(family.expert_name(block, expert, role), shape)
+                for role, shape in config.expert_shapes.items()
             )
             for expert in range(config.num_experts)
         ]
@@ -255,26 +251,25 @@ class Checkpoint:
                     )
         return first.dtype
 
-    def _drop_tied_head(self) -> None:
-        """Ignore a stored lm_head where config.json ties it to the embedding, if it is a copy.
+    def _drop_copies(self) -> None:
+        """Ignore what repeats the embedding: a head that config.json ties to it, an old spelling.
 
-        One that differs is refused: transformers has used either, depending on its version, so
+        What differs from it is refused: transformers has used either, depending on its version, so
         dropping it in silence could change what the model says.
         """
-        if not self.config.tie_embeddings:
-            return
-        found = self._find(self.family.non_expert_name("lm_head"))
-        if found is None:
-            return
-        shape = self.config.non_expert_shapes()["embed_tokens"]
-        location = self._claim(found, shape)
-        with _reading(location):
-            head = TensorDigest.of(location.file.read(location.tensor))
-        if head != TensorDigest.of(self.read_non_expert("embed_tokens")):
-            raise CheckpointError(
-                f"{location}: differs from the embedding, but config.json says "
-                "tie_word_embeddings; set that to false or remove the tensor"
+        wanted = dict.fromkeys(self.family.embedding_copies, "which has to be the same")
+        if self.config.tie_embeddings:
+            wanted[self.family.non_expert_name("lm_head")] = (
+                "but config.json says tie_word_embeddings; set that to false or remove the tensor"
             )
+        for name, why in wanted.items():
+            if (found := self._find(name)) is None:
+                continue
+            location = self._claim(found, self.config.non_expert_shapes()["embed_tokens"])
+            with _reading(location):
+                copy = TensorDigest.of(location.file.read(location.tensor))
+            if copy != TensorDigest.of(self.read_non_expert("embed_tokens")):
+                raise CheckpointError(f"{location}: differs from the embedding, {why}")
 
     def _refuse_unclaimed(self) -> None:
         """Refuse tensors that have no role: they would be missing from the pack."""

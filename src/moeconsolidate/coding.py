@@ -43,10 +43,9 @@ Slots = Sequence[Sequence[ExpertRef]]
 
 def nested_format(config: ModelConfig, shared_bits: int) -> dict[str, NestedCode]:
     """How the shared codes of a model's experts are stored."""
-    columns = {"gate_up": config.hidden_size, "down": config.intermediate_size}
     return {
-        part: NestedCode(shared_bits, SMALL_GROUP if count % TILE_COLUMNS else TILE_COLUMNS)
-        for part, count in columns.items()
+        part: NestedCode(shared_bits, SMALL_GROUP if columns % TILE_COLUMNS else TILE_COLUMNS)
+        for part, (_, columns) in config.part_shapes.items()
     }
 
 
@@ -369,20 +368,18 @@ def _pairs(options: Sequence[PrivateCode]) -> list[tuple[int, int]]:
 
 
 def _num_rows(part: str, config: ModelConfig) -> int:
-    return 2 * config.intermediate_size if part == "gate_up" else config.hidden_size
+    return config.part_shapes[part][0]
 
 
 def _num_columns(part: str, config: ModelConfig) -> int:
-    return config.hidden_size if part == "gate_up" else config.intermediate_size
+    return config.part_shapes[part][1]
 
 
 def _gather(
     experts_EP: Tensor, slots: Slots, part: str, config: ModelConfig, rows: Tensor
 ) -> Tensor:
     """Some rows of members' matrices, [N, V, R, C] in float32."""
-    split = _num_rows("gate_up", config) * _num_columns("gate_up", config)
-    columns = slice(0, split) if part == "gate_up" else slice(split, None)
-    width = _num_columns(part, config)
+    columns, width = config.part_columns(part), _num_columns(part, config)
     return torch.stack(
         [
             torch.stack(

@@ -9,23 +9,11 @@ from dataclasses import fields
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.sources import parse_hub_ref
 from moeruntime.errors import CheckpointError
-from moeruntime.families import ModelConfig
 from moeruntime.tensorfile import dtype_name
 
 __all__ = ["check_compatible", "warn_of_different_bases"]
 
 _log = logging.getLogger(__name__)
-
-# Field of ModelConfig -> the key its owner knows it by, where that is another one.
-CONFIG_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "num_experts": "num_local_experts",
-    "top_k": "num_experts_per_tok",
-    "max_context": "max_position_embeddings",
-    "tie_embeddings": "tie_word_embeddings",
-}
 
 
 def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
@@ -36,16 +24,16 @@ def check_compatible(checkpoints: Sequence[Checkpoint]) -> None:
     """
     first, *others = checkpoints
     for other in others:
-        pairs: list[tuple[str, object, object]] = [
-            ("config.json: model_type", first.family.model_type, other.family.model_type)
-        ]
+        kinds = first.family.model_type, other.family.model_type
+        pairs: list[tuple[str, object, object]] = [("config.json: model_type", *kinds)]
         pairs += [
             (
-                f"config.json: {CONFIG_KEYS.get(field.name, field.name)}",
+                f"config.json: {first.family.config_keys.get(field.name, field.name)}",
                 getattr(first.config, field.name),
                 getattr(other.config, field.name),
             )
-            for field in fields(ModelConfig)
+            for field in fields(first.config)
+            if len(set(kinds)) == 1
         ]
         pairs.append(
             ("dtype of the experts", dtype_name(first.expert_dtype), dtype_name(other.expert_dtype))

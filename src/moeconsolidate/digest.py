@@ -5,8 +5,8 @@ A model's content digest is the sha256 of one line a tensor::
     layers.3.q_proj BF16 96,96 <sha256 of the tensor's bytes, row-major, little-endian>
 
 non-expert tensors first, in the order a forward pass meets them, then the experts by layer and
-number, each as gate_proj, up_proj, down_proj. So shards, fused experts and older tensor names do
-not matter, and one changed bit does.
+number, each as gate_proj (if it has one), up_proj, down_proj. So shards, fused experts and older
+tensor names do not matter, and one changed bit does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeruntime.families import EXPERT_ROLES, ModelConfig
+from moeruntime.families import ModelConfig
 from moeruntime.tensorfile import dtype_name
 
 __all__ = ["TensorDigest", "content_sha256", "expert_role"]
@@ -45,17 +45,17 @@ class TensorDigest:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def expert_role(layer: int, expert: int, role: str) -> str:
+def expert_role(block: str, expert: int, role: str) -> str:
     """The full role of an expert's tensor, such as "layers.3.experts.0.gate_proj"."""
-    return f"layers.{layer}.experts.{expert}.{role}"
+    return f"{block}.experts.{expert}.{role}"
 
 
 def content_sha256(config: ModelConfig, digests: Mapping[str, TensorDigest]) -> str:
     """Digest of a whole model; `digests` holds one entry a full role."""
     roles = list(config.non_expert_shapes())
-    for layer in range(config.num_layers):
+    for block in config.layers:
         for expert in range(config.num_experts):
-            roles += [expert_role(layer, expert, role) for role in EXPERT_ROLES]
+            roles += [expert_role(block, expert, role) for role in config.expert_shapes]
     lines = (
         f"{role} {dtype_name(one.dtype)} {','.join(map(str, one.shape))} {one.sha256}\n"
         for role, one in ((role, digests[role]) for role in roles)

@@ -1,5 +1,8 @@
 """How well a variant still speaks: negative log-likelihood, from the pack and from its original.
 
+An encoder-decoder is scored on pairs: its encoder reads the input, and every token of the target
+is predicted, the end-of-text token included. Other models are scored on documents.
+
 Documents are joined as the tokenizer frames them (usually <s> text </s>), cut into windows of
 `context` tokens, and every token but a window's first is predicted from those before it. A last
 incomplete window is left out, unless it is the only one.
@@ -14,10 +17,12 @@ from pathlib import Path
 
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.original import CheckpointSource
+from moeconsolidate.pairs import Pair, encode_pairs, read_pairs
 from moeconsolidate.plan import OnProgress, Progress
 from moeconsolidate.texts import read_texts
 from moeruntime.engine import Engine, EngineOptions
 from moeruntime.errors import InputError
+from moeruntime.pack import Pack
 
 __all__ = [
     "EvaluationRow",
@@ -105,15 +110,17 @@ def evaluate_pack(
         InputError: a file is bad, or a reference has no data to be compared on.
     """
     options: EngineOptions = engine_options or {}
-    texts = [(variant, path, read_texts(path)) for variant, path in data]
+    with Pack(artifact) as pack:
+        read = read_pairs if pack.manifest.config.has_encoder else read_texts
+    texts = [(variant, path, read(path)) for variant, path in data]
     if stray := sorted(set(references) - {variant for variant, _, _ in texts}):
         raise InputError(f"reference '{stray[0]}' has no data to be compared on")
     total = len(texts) + sum(variant in references for variant, _, _ in texts)
     done = 0
 
-    def score(engine: Engine, variant: str, documents: Sequence[str]) -> Score:
+    def score(engine: Engine, variant: str, texts: Sequence[str] | Sequence[Pair]) -> Score:
         nonlocal done
-        result = score_texts(engine, variant, documents, context=context, max_windows=max_windows)
+        result = score_texts(engine, variant, texts, context=context, max_windows=max_windows)
         done += 1
         if on_progress:
             on_progress(Progress("texts", done, total))
@@ -139,7 +146,7 @@ def evaluate_pack(
 def score_texts(
     engine: Engine,
     variant: str,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Pair],
     *,
     context: int = 512,
     max_windows: int | None = None,
@@ -149,9 +156,9 @@ def score_texts(
     Args:
         engine: idle; its variant is activated.
         variant: whose weights and tokenizer.
-        texts: documents.
-        context: tokens of a window, at most the model's context.
-        max_windows: score this many windows from the start; None means all.
+        texts: documents; pairs for an encoder-decoder.
+        context: tokens of a window, at most the model's context; of a pair, tokens of either side.
+        max_windows: score this many windows, or pairs, from the start; None means all.
 
     Raises:
         InputError: the texts have fewer than two tokens, or `context` does not fit the model.
@@ -159,9 +166,14 @@ def score_texts(
     limit = engine.source.manifest.config.max_context
     if not 2 <= context <= limit:
         raise InputError(f"context {context} is outside 2..{limit}, the model's context")
-    windows = _windows(engine, variant, texts, context)[:max_windows]
+    pairs = [one for one in texts if isinstance(one, Pair)][:max_windows]
+    encoded = encode_pairs(engine.text(variant), pairs, context)
+    sources, windows = [one.source for one in encoded], [one.target for one in encoded]
+    if not pairs:
+        documents = [one for one in texts if isinstance(one, str)]
+        windows = _windows(engine, variant, documents, context)[:max_windows]
     total, num_tokens = 0.0, 0
-    for logprobs in engine.score(variant, windows):
+    for logprobs in engine.score(variant, windows, sources):
         total -= float(logprobs.double().sum())
         num_tokens += len(logprobs)
     if not num_tokens:

@@ -123,15 +123,15 @@ def _outputs(pack: Pack, name: str) -> Iterator[_Output]:
     def expert(layer: int, number: int, role: str) -> Tensor:
         if role == "down_proj":
             return pack.read_expert(name, layer, number, "down")
-        gate_proj, up_proj = gate_up(layer, number).chunk(2)
-        return gate_proj if role == "gate_proj" else up_proj
+        start = 0 if role == "gate_proj" else -config.intermediate_size
+        return gate_up(layer, number)[start:][: config.intermediate_size]
 
-    def layer_experts(layer: int) -> Iterator[_Output]:
+    def layer_experts(layer: int, block: str) -> Iterator[_Output]:
         for number in range(config.num_experts):
             for role, shape in config.expert_shapes.items():
                 yield _Output(
-                    expert_role(layer, number, role),
-                    family.expert_name(layer, number, role),
+                    expert_role(block, number, role),
+                    family.expert_name(block, number, role),
                     dtype,
                     shape,
                     partial(expert, layer, number, role),
@@ -145,8 +145,9 @@ def _outputs(pack: Pack, name: str) -> Iterator[_Output]:
             shape,
             partial(pack.read_non_expert, name, role),
         )
-        if role.endswith(".router"):  # the last of its layer: the experts come next
-            yield from layer_experts(int(role.split(".")[1]))
+        block, _, last = role.rpartition(".")
+        if last == "router":  # the last of its layer: the experts come next
+            yield from layer_experts(config.layers.index(block), block)
 
 
 def _shards(outputs: Sequence[_Output], max_shard_bytes: int) -> list[list[_Output]]:

@@ -2,7 +2,7 @@
 
 Predictions rank options well but miss what errors of many layers add up to, more for one variant
 than for another. So held-out text runs through the original and through the coded experts, side by
-side and a layer at a time, and the loss is read off.
+side and a block at a time, and the loss is read off.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from moeconsolidate.calibration import StreamedLayer, output_logits
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import decode_layer
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.plan import LayerPlan
+from moeconsolidate.streaming import embed, output_logits, predictions, streamed_block
 from moeconsolidate.threads import side_by_side
 from moeruntime.codes import NestedCode
 
@@ -59,20 +59,22 @@ def measure(
         reader: where layers are read from.
         nested: how shared codes are stored.
         statistics: each variant's calibration.
-        windows: each variant's held-out text, int64 [W, T].
+        windows: each variant's held-out text, as `streaming` has it.
     """
-    originals = [
-        checkpoint.read_non_expert("embed_tokens").float()[windows_WT]
-        for checkpoint, windows_WT in zip(checkpoints, windows, strict=True)
-    ]
+    originals = [embed(*one) for one in zip(checkpoints, windows, strict=True)]
     coded = list(originals)
     config = checkpoints[0].config
-    for plan in layers:
-        reader.read(plan.layer, plan)
-        decoded = decode_layer(plan, reader.experts_EP, config, nested, reader.aligned(statistics))
+    coming = iter(layers)
+    for number, block in enumerate(config.blocks):
+        decoded: Sequence[Sequence[tuple[Tensor, Tensor]] | None] = [None] * len(checkpoints)
+        if block in config.layers:
+            plan = next(coming)
+            reader.read(plan.layer, plan)
+            aligned = reader.aligned(statistics)
+            decoded = decode_layer(plan, reader.experts_EP, config, nested, aligned)
         both = side_by_side(
-            lambda one: _run_layer(*one),
-            zip(checkpoints, repeat(plan.layer), decoded, originals, coded, strict=False),
+            lambda one: _run_block(*one),
+            zip(checkpoints, repeat(number), decoded, windows, originals, coded, strict=False),
         )
         originals, coded = [one for one, _ in both], [one for _, one in both]
     return side_by_side(
@@ -80,30 +82,33 @@ def measure(
     )
 
 
-def _run_layer(
+def _run_block(
     checkpoint: Checkpoint,
-    layer: int,
-    experts: Sequence[tuple[Tensor, Tensor]],
-    before_WTH: Tensor,
-    after_WTH: Tensor,
+    number: int,
+    experts: Sequence[tuple[Tensor, Tensor]] | None,
+    windows: Tensor,
+    before: Tensor,
+    after: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One variant's layer, original and coded, each on its own input."""
-    original = StreamedLayer(checkpoint, layer).run(before_WTH)
-    return original, StreamedLayer(checkpoint, layer, experts=experts).run(after_WTH)
+    """One variant's block, original and coded, each on its own input."""
+    original = streamed_block(checkpoint, number).run(before, windows)
+    return original, streamed_block(checkpoint, number, experts=experts).run(after, windows)
 
 
 @torch.no_grad()
 def _compare(
-    checkpoint: Checkpoint, windows_WT: Tensor, before_WTH: Tensor, after_WTH: Tensor
+    checkpoint: Checkpoint, windows: Tensor, befores: Tensor, afters: Tensor
 ) -> MeasuredLoss:
     """Compare predictions window by window."""
     increases, divergences = [], []
     to_logits = output_logits(checkpoint)
-    for window_T, before_TH, after_TH in zip(windows_WT, before_WTH, after_WTH, strict=True):
+    for window, before, after in zip(windows, befores, afters, strict=True):
+        before_TH, targets_N = predictions(before, window)
+        after_TH, _ = predictions(after, window)
         before_TV = to_logits(before_TH).log_softmax(dim=-1)
         after_TV = to_logits(after_TH).log_softmax(dim=-1)
-        targets_T1 = window_T[1:, None]
-        gained = before_TV[:-1].gather(1, targets_T1) - after_TV[:-1].gather(1, targets_T1)
+        rows = torch.arange(len(targets_N)), targets_N
+        gained = before_TV[rows] - after_TV[rows]
         increases.append(gained.mean())
         divergences.append((before_TV.exp() * (before_TV - after_TV)).sum(dim=-1).mean())
     increase_W = torch.stack(increases).double()

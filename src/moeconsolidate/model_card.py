@@ -33,6 +33,10 @@ def model_card(
         base_models: the variants' names on the hub, which reads them from the card's head.
     """
     recipe = plan.recipe
+    num_blocks = len(config.blocks)
+    layers = f"{config.num_layers} layers"
+    if num_blocks > config.num_layers:
+        layers = f"{num_blocks} blocks of which {config.num_layers} have experts"
     lines = [
         *_head(base_models),
         f"# {len(names)} {family} variants in one pack",
@@ -40,7 +44,7 @@ def model_card(
         "Made by moec: experts that are alike are stored once.",
         "",
         f"- variants: {', '.join(f'`{name}`' for name in names)}",
-        f"- architecture: {family}, {config.num_layers} layers, {config.num_experts} experts, "
+        f"- architecture: {family}, {layers}, {config.num_experts} experts, "
         f"{config.top_k} of them per token, hidden size {config.hidden_size}",
         f"- tensors: {pack_bytes:,} bytes; as separate models {separate_bytes:,} bytes "
         f"({pack_bytes / separate_bytes:.1%})",

@@ -111,7 +111,8 @@ CalibrationTexts = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=FILE",
-        help='Text of a variant, JSONL with one {"text": ...} a line, that tells what matters; '
+        help='Text of a variant, JSONL with one {"text": ...} a line (an encoder-decoder: '
+        '{"input": ..., "target": ...}), that tells what matters; '
         "may be given several times for one. Without any, where some is needed, text that the "
         "variants write themselves takes its place.",
     ),

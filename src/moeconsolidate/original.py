@@ -58,7 +58,7 @@ class CheckpointSource:
         return self.root / file if file in self._checkpoint.side_files else None
 
     def slot(self, layer: int, part: str, slot: int) -> tuple[StoredTensor, ...]:
-        """One part of one expert: gate_up in one piece or two, down in one."""
+        """One part of one expert: gate_up in one piece or several, down in one."""
         *gate_up, down = self._checkpoint.expert(layer, slot)
         return tuple(gate_up) if part == "gate_up" else (down,)
 

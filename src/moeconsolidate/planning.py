@@ -19,6 +19,7 @@ from moeconsolidate.coding import Coherence, layer_units, nested_format
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.measuring import MeasuredLoss, measure
+from moeconsolidate.pairs import pair_windows
 from moeconsolidate.plan import (
     CALIBRATED_MERGES,
     DEFAULT_SHARED_BITS,
@@ -60,7 +61,7 @@ class Calibration:
     Attributes:
         statistics: of each variant, in order; None where there was none.
         texts: variant -> sha256 of its tokens.
-        held_out: of each variant, windows [W, T] that nothing was learned from.
+        held_out: of each variant, windows that nothing was learned from.
         inputs: of each layer, inputs [N, H] to compare its experts by; empty where weights are.
     """
 
@@ -105,6 +106,12 @@ def resolve_recipe(
             "nothing of this pack depends on calibration text: it stores plain experts that are "
             "compared by their weights; leave --calibration out"
         )
+    calibration = "text" if texts else "self" if chooses or learns else "none"
+    if calibration == "self" and checkpoints[0].config.has_encoder:
+        raise UsageError(
+            "an encoder-decoder cannot write what its encoder is to read: give every variant "
+            '--calibration with its pairs, {"input": ..., "target": ...} a line'
+        )
     return Recipe(
         threshold=threshold,
         similarity=similarity or "cosine",
@@ -113,7 +120,7 @@ def resolve_recipe(
         merge=merge or "average",
         code=code,
         shared_bits=DEFAULT_SHARED_BITS if shared_bits is None else shared_bits,
-        calibration="text" if texts else "self" if chooses or learns else "none",
+        calibration=calibration,
         budget_bytes=None if budget is None else _budget_bytes(budget, checkpoints),
         max_loss=max_loss,
     )
@@ -140,26 +147,28 @@ def calibrate(
     _check_texts(texts, checkpoints)
     compares = recipe.signal == "activations"
     sweeps = 2 * recipe.weighed + compares
-    total = sweeps * checkpoints[0].config.num_layers * len(checkpoints)
+    total = sweeps * len(checkpoints[0].config.blocks) * len(checkpoints)
     done = count(1)
 
-    def on_layer(_: int) -> None:
+    def on_block(_: int) -> None:
         report(Progress("calibration", next(done), total))
 
     def learn(variant_idx: int) -> tuple[Windows, Statistics | None, Tensor | None]:
         checkpoint = checkpoints[variant_idx]
-        if recipe.calibration == "text":
-            windows = text_windows(checkpoint, texts[checkpoint.name])
-        else:
+        if recipe.calibration == "self":
             windows = sampled_windows(checkpoint)
+        elif checkpoint.config.has_encoder:
+            windows = pair_windows(checkpoint, texts[checkpoint.name])
+        else:
+            windows = text_windows(checkpoint, texts[checkpoint.name])
         if recipe.texts and recipe.texts.get(checkpoint.name) != windows.sha256:
             raise UsageError(f"'{checkpoint.name}': the plan was made with other calibration text")
         statistics = inputs_LNH = None
         if recipe.weighed:
-            statistics = collect(checkpoint, windows.learned, on_layer=on_layer)
+            statistics = collect(checkpoint, windows.learned, on_block=on_block)
         if compares:
             share = num_inputs(variant_idx, len(checkpoints))
-            inputs_LNH = expert_inputs(checkpoint, windows.learned, share, on_layer=on_layer)
+            inputs_LNH = expert_inputs(checkpoint, windows.learned, share, on_block=on_block)
         return windows, statistics, inputs_LNH
 
     with single_threaded_torch():

@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeconsolidate.calibration import StreamedLayer
 from moeconsolidate.checkpoint import Checkpoint
+from moeconsolidate.parts import expert_parts
+from moeconsolidate.streaming import embed, streamed_block
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.families import ModelConfig
+from moeruntime.kernels import activate
 
 __all__ = ["expert_inputs", "expert_outputs", "neurons", "num_inputs"]
 
@@ -43,32 +45,33 @@ def num_inputs(variant_idx: int, num_variants: int) -> int:
 @torch.no_grad()
 def expert_inputs(
     checkpoint: Checkpoint,
-    windows_WT: Tensor,
+    windows: Tensor,
     count: int,
     *,
-    on_layer: Callable[[int], None] | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run text through a variant, a layer at a time, and keep what its experts are given.
+    """Run text through a variant, a block at a time, and keep what its experts are given.
 
     Args:
         checkpoint: the variant.
-        windows_WT: int64 token ids; every window stands alone.
+        windows: token ids, as `streaming` has them.
         count: inputs to keep of each layer, from places spread evenly over the text.
-        on_layer: called after each layer with its index.
+        on_block: called after each block with its index.
 
     Returns:
         float32 [L, count, H]: a layer's normed hidden states, before any router has chosen.
     """
-    chosen_WT = windows_WT[_spread(len(windows_WT), min(len(windows_WT), NUM_WINDOWS))]
-    places = _spread(chosen_WT.numel(), count)
-    hidden_WTH = checkpoint.read_non_expert("embed_tokens").float()[chosen_WT]
+    chosen = windows[_spread(len(windows), min(len(windows), NUM_WINDOWS))]
+    hidden = embed(checkpoint, chosen)
     kept = []
-    for idx in range(checkpoint.config.num_layers):
-        layer = StreamedLayer(checkpoint, idx)
-        kept.append(layer.expert_inputs(hidden_WTH).flatten(0, 1)[places])
-        hidden_WTH = layer.run(hidden_WTH)
-        if on_layer:
-            on_layer(idx)
+    for number in range(len(checkpoint.config.blocks)):
+        block = streamed_block(checkpoint, number)
+        if block.layer is not None:
+            inputs_NH = block.expert_inputs(hidden, chosen)
+            kept.append(inputs_NH[_spread(len(inputs_NH), count)])
+        hidden = block.run(hidden, chosen)
+        if on_block:
+            on_block(number)
     return torch.stack(kept)
 
 
@@ -84,11 +87,9 @@ def expert_outputs(experts_EP: Tensor, inputs_NH: Tensor, config: ModelConfig) -
 
     @torch.no_grad()
     def run(row: int) -> None:
-        inner = config.intermediate_size * config.hidden_size
-        gate_up = experts_EP[row, : 2 * inner].float().view(-1, config.hidden_size)
-        down = experts_EP[row, 2 * inner :].float().view(config.hidden_size, -1)
-        gate_NI, up_NI = F.linear(inputs_NH, gate_up).chunk(2, dim=-1)
-        outputs_ENH[row] = F.linear(F.silu(gate_NI) * up_NI, down)
+        gate_up, down = expert_parts(experts_EP[row], config)
+        inner_NI = activate(F.linear(inputs_NH, gate_up.float()), config.activation)
+        outputs_ENH[row] = F.linear(inner_NI, down.float())
 
     with single_threaded_torch() as num_threads, ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(run, range(len(experts_EP))))
@@ -96,11 +97,12 @@ def expert_outputs(experts_EP: Tensor, inputs_NH: Tensor, config: ModelConfig) -
 
 
 def neurons(expert_P: Tensor, config: ModelConfig) -> Tensor:
-    """An expert's weights as samples [I, 3 H], one a neuron, in the expert's dtype."""
-    inner = config.intermediate_size * config.hidden_size
-    gate_IH, up_IH = expert_P[: 2 * inner].view(2, -1, config.hidden_size)
-    down_HI = expert_P[2 * inner :].view(config.hidden_size, -1)
-    return torch.cat([gate_IH, up_IH, down_HI.T], dim=1)
+    """An expert's weights as samples [I, F], one a neuron, in the expert's dtype.
+
+    F is H for each of an expert's matrices: 3 H with a gate, 2 H without.
+    """
+    gate_up, down_HI = expert_parts(expert_P, config)
+    return torch.cat([*gate_up.split(config.intermediate_size), down_HI.T], dim=1)
 
 
 def _spread(total: int, count: int) -> Tensor:

@@ -41,7 +41,7 @@ def read_texts(path: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Calibration tokens, int64 [W, T]: what to learn from, and what to measure with.
+    """Calibration tokens, as `streaming` has them: what to learn from, and what to measure with.
 
     Where there is too little text to hold any out, a part of what was learned from is measured.
     """

@@ -135,25 +135,24 @@ class PackWriter:
         self._journal.note(key, recipe, FinishedLayer(plan, files, self._reserved_bytes))
 
     def write_layer(self, plan: LayerPlan, slot_columns: SlotColumns) -> None:
-        """Write one layer's experts: gate_up [slots, 2I, H], then down [slots, H, I].
+        """Write one layer's experts: gate_up of all slots, then down (`ModelConfig.part_shapes`).
 
         Raises:
             ResourceError: the disk has no room for this layer.
         """
-        hidden, inner = self._config.hidden_size, self._config.intermediate_size
         num_slots, path = len(plan.slots), layer_file(plan.layer)
-        tensors = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+        tensors = self._config.part_shapes
         declared = [
             (name, self._expert_dtype, (num_slots, *shape)) for name, shape in tensors.items()
         ]
         self._reserve(num_slots * self._config.expert_numel * self._expert_dtype.itemsize)
         pieces = [(name, slot) for name in tensors for slot in range(num_slots)]
-        split = 2 * inner * hidden
-        columns = {"gate_up": slice(0, split), "down": slice(split, None)}
 
         def merge(piece: tuple[str, int], place: int) -> Tensor:
             name, slot = piece
-            return slot_columns(slot, columns[name], place).view(1, *tensors[name])
+            return slot_columns(slot, self._config.part_columns(name), place).view(
+                1, *tensors[name]
+            )
 
         with TensorFileWriter(self._folder / path, declared) as file:
             for (name, _), merged in zip(pieces, in_order(merge, pieces), strict=True):

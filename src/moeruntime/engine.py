@@ -7,7 +7,7 @@ them all together, the sampler chooses. Everything else here is admission and te
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from moeruntime.request import Delta, FinishReason, Output, Request, TokenLogpro
 from moeruntime.residency import Residency
 from moeruntime.runner import Launched, Runner
 from moeruntime.scheduler import Scheduler
-from moeruntime.scoring import Scorer
+from moeruntime.scoring import Scorer, Windows
 from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
 from moeruntime.waiting import WaitingRoom
@@ -100,7 +100,8 @@ class Engine:
                 not all variants are resident; a prompt can begin on them while the others are
                 copied. Costs what a layer's own weights take, times the variants, and before the
                 first one the embedding's. None keeps one layer on a GPU where that is cheap.
-            prefix_cache: reuse keys and values of requests of the same variant that began alike.
+            prefix_cache: reuse keys and values of requests of a variant that began alike; without
+                effect where there is an encoder, whose source decides all of them.
             waiting: who is admitted first; None takes requests in order of arrival.
             on_progress: called with a line for each part loaded.
 
@@ -168,7 +169,7 @@ class Engine:
             self.residency,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
-            prefix_cache=prefix_cache,
+            prefix_cache=prefix_cache and not manifest.config.has_encoder,
             waiting=waiting,
         )
         self._prompts = Prompts(source, self.memory.num_blocks)
@@ -230,9 +231,9 @@ class Engine:
         sampling = self._prompts.fit(request.sampling, len(prompt_ids))
         if sampling.seed is None and sampling.temperature > 0:
             sampling = replace(sampling, seed=secrets.randbits(63))
-        request_id = self._next_id
-        self._next_id += 1
-        sequence = TokenSequence(request_id, request.variant, prompt_ids, sampling)
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        sides = self._prompts.sides(prompt_ids)
+        sequence = TokenSequence(request_id, request.variant, sides[0], sampling, sides[1])
         stream = self._prompts.text(request.variant).stream(sampling.stop)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)
@@ -342,31 +343,32 @@ class Engine:
         """A variant's tokenizer, chat template and end-of-sequence tokens."""
         return self._prompts.text(variant)
 
-    def score(self, variant: str, windows: Sequence[Sequence[int]]) -> list[Tensor]:
+    def score(self, variant: str, windows: Windows, sources: Windows = ()) -> list[Tensor]:
         """Log-probability (natural) of each token given those before it in its window.
 
         Args:
             variant: whose weights to use.
             windows: token ids; each window stands alone and fits the context.
+            sources: what an encoder reads for each window, whose first token then is scored too.
 
         Returns:
-            One float32 CPU tensor a window, one shorter than the window.
+            One float32 CPU tensor a window; without an encoder one shorter than the window.
 
         Raises:
             RequestError: unknown variant, or a window that is empty or does not fit.
             ResourceError: running requests hold every resident slot or the whole cache.
         """
-        return self._scorer.score(variant, windows)
+        return self._scorer.score(variant, windows, sources)
 
-    def logprobs(self, variant: str, windows: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    def logprobs(self, variant: str, windows: Windows, sources: Windows = ()) -> Iterator[Tensor]:
         """Log-probabilities (natural) of the whole vocabulary after each token of each window.
 
-        Takes and raises what `score` does.
+        With an encoder before each token instead. Takes and raises what `score` does.
 
         Yields:
             One float32 CPU tensor [T, V] a window; the engine is busy until the last is taken.
         """
-        return self._scorer.logprobs(variant, windows)
+        return self._scorer.logprobs(variant, windows, sources)
 
     # -- one step, in pieces ----------------------------------------------------------------
 

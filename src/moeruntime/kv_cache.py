@@ -133,7 +133,7 @@ class BlockPool:
 
 
 class KVCache:
-    """Keys and values of every layer: `keys[layer]` and `values[layer]`, [blocks, B, KV, D].
+    """Keys and values of every cached block: `keys[number]`, `values[number]`, [blocks, B, KV, D].
 
     B is BLOCK_TOKENS, KV the key-value heads, D the head dimension.
     """
@@ -145,12 +145,12 @@ class KVCache:
         shape = (num_blocks, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        for _ in range(config.num_layers):
+        for _ in range(config.num_cached_blocks):
             self.keys.append(torch.empty(shape, dtype=dtype, device=device))
             self.values.append(torch.empty(shape, dtype=dtype, device=device))
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers, keys and values."""
-        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        per_token = 2 * config.num_cached_blocks * config.num_kv_heads * config.head_dim
         return BLOCK_TOKENS * per_token * dtype.itemsize

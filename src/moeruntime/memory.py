@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moeruntime.errors import ResourceError, UsageError
+from moeruntime.families import DecoderConfig
 from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
@@ -22,7 +23,7 @@ __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 # Activations, the allocator's rounding, and on a GPU the context and library workspaces.
 RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 # On a CPU nested experts are decoded when tokens come; so much of what was decoded lately is kept.
-# CUDA kernels decode in registers.
+# CUDA kernels decode in registers; encoder-decoders have none of their own yet.
 DECODED_BYTES = 256 * 2**20
 # Unless told otherwise, the first layer of every variant stays on a GPU where all of them together
 # take at most this part of what the weights leave free: a prompt can begin at once then.
@@ -37,7 +38,8 @@ class MemoryPlan:
 
     Attributes:
         experts_bytes: all slots of all layers, as they are stored.
-        decoded_bytes: nested experts kept decoded; 0 for a plain pack, and on CUDA.
+        decoded_bytes: nested experts kept decoded; 0 for a plain pack, and where CUDA kernels
+            decode.
         shared_bytes: non-expert tensors that all variants have in common.
         resident_bytes: the resident variants' own non-expert tensors.
         kept_bytes: every variant's copy of the first layers, where some are kept on the device.
@@ -108,8 +110,8 @@ def plan_memory(
     config = manifest.config
     if cache_bytes is not None and cache_bytes < 1:
         raise UsageError(f"cache_bytes is {cache_bytes}; the cache needs some memory")
-    if kept_layers is not None and not 0 <= kept_layers <= config.num_layers:
-        raise UsageError(f"kept_layers is {kept_layers}, outside 0..{config.num_layers}")
+    if kept_layers is not None and not 0 <= kept_layers <= len(config.blocks):
+        raise UsageError(f"kept_layers is {kept_layers}, outside 0..{len(config.blocks)}")
     shared = manifest.shared_roles()
     shared_bytes = dtype.itemsize * sum(
         math.prod(parameter_shape(config, roles))
@@ -142,7 +144,7 @@ def plan_memory(
     block_bytes = KVCache.block_bytes(config, dtype)
     left = available - weights_bytes - reserve_bytes - (host_bytes if kind == "cpu" else 0)
     if cache_bytes is None:
-        wanted = max_sequences * blocks_for(config.max_context) * block_bytes
+        wanted = max_sequences * blocks_for(config.cached_context) * block_bytes
         cache_bytes = min(wanted, int(left * CACHE_SHARE[kind]))
     if left < max(cache_bytes, block_bytes):
         needed = available - left + max(cache_bytes, block_bytes)
@@ -176,7 +178,7 @@ def _experts_bytes(manifest: Manifest, dtype: torch.dtype, device: torch.device)
     one = manifest.config.expert_numel * dtype.itemsize
     if manifest.nested is None:
         return sum(manifest.num_slots) * one, 0
-    if device.type == "cuda":
+    if device.type == "cuda" and not manifest.config.has_encoder:
         return manifest.coded_bytes(), 0
     return manifest.coded_bytes(), min(DECODED_BYTES, sum(_num_faces(manifest)) * one)
 
@@ -188,10 +190,12 @@ def _num_faces(manifest: Manifest) -> list[int]:
 
 def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_sequences: int) -> int:
     """What `FusedDecoder` and `DecodeGraphs` allocate beside weights and cache, at most."""
-    nested = manifest.nested is not None
+    config, nested = manifest.config, manifest.nested is not None
+    if not isinstance(config, DecoderConfig):
+        return 0
     # Some layers' nested experts may take float32, and others not.
     expert_dtypes = {dtype, torch.float32} if nested else {dtype}
-    config, max_faces = manifest.config, max(_num_faces(manifest))
+    max_faces = max(_num_faces(manifest))
     buffers = StepBuffers(
         config,
         max_sequences,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moeruntime.errors import RequestError
+from moeruntime.families import EncoderDecoderConfig
 from moeruntime.kv_cache import blocks_for
 from moeruntime.pack import WeightSource
 from moeruntime.request import Request, SamplingParams
@@ -28,6 +29,11 @@ class Prompts:
     def close(self) -> None:
         """End the template worker."""
         self._templates.close()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts are read by an encoder."""
+        return self._config.has_encoder
 
     def text(self, variant: str) -> VariantText:
         """A variant's tokenizer, template and end-of-sequence tokens."""
@@ -58,6 +64,15 @@ class Prompts:
         self.check_ids(ids)
         return ids
 
+    def sides(self, prompt_ids: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """What the decoder begins with, and what an encoder reads: where there is one, the prompt.
+
+        Without an encoder the prompt is what the decoder begins with.
+        """
+        if isinstance(self._config, EncoderDecoderConfig):
+            return (self._config.decoder_start_id,), prompt_ids
+        return prompt_ids, ()
+
     def fit(self, sampling: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """Cut max_tokens to what the context leaves after the prompt.
 
@@ -66,6 +81,14 @@ class Prompts:
         """
         if num_prompt_tokens == 0:
             raise RequestError("prompt is empty: there is no token to go on from")
+        if self._config.has_encoder:
+            if sampling.prompt_logprobs is not None:
+                raise RequestError(
+                    "prompt_logprobs: an encoder reads the prompt and predicts none of it"
+                )
+            max_tokens = min(sampling.max_tokens, self._config.max_context)
+            self.check_room(max_tokens, num_source=num_prompt_tokens)
+            return replace(sampling, max_tokens=max_tokens)
         room = self._config.max_context - num_prompt_tokens
         if room < 1:
             raise RequestError(
@@ -80,15 +103,20 @@ class Prompts:
         """Raise RequestError if there is no such variant."""
         self._source.variant(variant)
 
-    def check_room(self, num_tokens: int) -> None:
-        """Raise RequestError if a sequence of this length fits neither context nor cache."""
-        if num_tokens > self._config.max_context:
+    def check_room(self, num_tokens: int, *, num_source: int = 0) -> None:
+        """Raise RequestError if a sequence of this length fits neither context nor cache.
+
+        So must what an encoder reads, which shares the cache but not the context.
+        """
+        for count in (num_tokens, num_source):
+            if count > self._config.max_context:
+                raise RequestError(
+                    f"{count} tokens are more than the context of {self._config.max_context}"
+                )
+        num_needed = blocks_for(num_tokens) + blocks_for(num_source)
+        if num_needed > self._num_blocks:
             raise RequestError(
-                f"{num_tokens} tokens are more than the context of {self._config.max_context}"
-            )
-        if blocks_for(num_tokens) > self._num_blocks:
-            raise RequestError(
-                f"{num_tokens} tokens need {blocks_for(num_tokens)} cache blocks, there are "
+                f"{num_tokens + num_source} tokens need {num_needed} cache blocks, there are "
                 f"{self._num_blocks}; ask for fewer tokens or give a larger cache"
             )
 

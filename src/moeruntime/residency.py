@@ -21,7 +21,7 @@ from torch import Tensor
 from moeruntime.hostmemory import HostMemory, new_tensor
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import Loader
-from moeruntime.models.decoder import parameter_roles
+from moeruntime.models.parameters import parameter_roles
 from moeruntime.pack import WeightSource
 
 __all__ = ["Residency", "SlotTable"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import blocks_for
 from moeruntime.logprobs import ROWS, PendingLogprobs, logprobs_of, wanted_logprobs
-from moeruntime.models import Batch, Decoder
+from moeruntime.models import Batch, Decoder, EncoderDecoder
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.request import TokenLogprobs
 from moeruntime.residency import Residency
@@ -62,7 +62,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Decoder | FusedDecoder,
+        model: Decoder | EncoderDecoder | FusedDecoder,
         graphs: DecodeGraphs | None,
         residency: Residency,
         variant_idx: Mapping[str, int],
@@ -76,11 +76,22 @@ class Runner:
         self.device = device
 
     def span(
-        self, variant: str, token_ids: Sequence[int], start: int, blocks: Sequence[int]
+        self,
+        variant: str,
+        token_ids: Sequence[int],
+        start: int,
+        blocks: Sequence[int],
+        source_ids: Sequence[int] = (),
     ) -> Span:
-        """New tokens of a sequence of a resident variant."""
-        slot = self._residency.slot(variant)
-        return Span(slot, self._variant_idx[variant], token_ids, start, blocks)
+        """New tokens of a sequence of a resident variant.
+
+        `blocks` begin with those of its source, which the encoder reads before its first tokens.
+        """
+        slot, variant_idx = self._residency.slot(variant), self._variant_idx[variant]
+        count = blocks_for(len(source_ids))
+        own, read = blocks[count:], blocks[:count]
+        unread = () if start else source_ids
+        return Span(slot, variant_idx, token_ids, start, own, len(source_ids), read, unread)
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
@@ -133,9 +144,10 @@ class Runner:
         end = sequence.num_cached + chunk.num_tokens
         blocks = sequence.block_table
         if chunk.num_tokens > 1:  # a single token may be repeated, and needs the blocks to come
-            blocks = blocks[: blocks_for(end)]
+            blocks = blocks[: sequence.num_source_blocks + blocks_for(end)]
         token_ids = sequence.pending_ids(chunk.num_tokens)
-        return self.span(sequence.variant, token_ids, sequence.num_cached, blocks)
+        start, source_ids = sequence.num_cached, sequence.source_ids
+        return self.span(sequence.variant, token_ids, start, blocks, source_ids)
 
     def _choose(
         self,

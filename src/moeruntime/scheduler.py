@@ -133,18 +133,24 @@ class Scheduler:
         self._admit()
         ready = [seq for seq in self.running if self._variants.ready(seq.variant)]
         runnable = ready or self.running
-        decoding = [seq for seq in runnable if seq.num_pending == 1]
-        prompts = [seq for seq in runnable if seq.num_pending > 1]
+        decoding = [seq for seq in runnable if seq.num_pending == 1 and not seq.num_unread]
+        prompts = [seq for seq in runnable if seq.num_pending > 1 or seq.num_unread]
         budget = self._max_step_tokens - len(decoding)
         prompt_tokens = self.waiting.prompt_tokens(decoding)
         budget = budget if prompt_tokens is None else min(budget, prompt_tokens)
         chunks = [Chunk(seq, 1) for seq in decoding]
+        reads = False
         for seq in self.waiting.order_prompts(prompts):
+            # An encoder reads a source whole. One is read whatever it takes: it would never fit
+            # beside many decodes.
+            if reads and seq.num_unread + 1 > budget:
+                continue
+            reads = reads or seq.num_unread > 0
             count = min(seq.num_pending, budget)
             if count == 0:
                 break
             chunks.append(Chunk(seq, count))
-            budget -= count
+            budget = max(0, budget - count - seq.num_unread)
         self.waiting.ran(decoding, sum(chunk.num_tokens for chunk in chunks[len(decoding) :]))
         return chunks
 

@@ -20,11 +20,12 @@ class Sequence:
     Attributes:
         request_id: the caller's handle.
         variant: whose weights it needs.
-        prompt_ids: the prompt's tokens.
+        prompt_ids: the prompt's tokens; of an encoder-decoder, what its decoder begins with.
+        source_ids: of an encoder-decoder, the prompt's tokens, which its encoder reads.
         sampling: how to go on; its max_tokens already fits the context.
         output_ids: tokens chosen so far.
         num_cached: tokens whose keys and values are in the cache.
-        block_table: its cache blocks; empty while it waits.
+        block_table: its cache blocks, those of its source first; empty while it waits.
         num_published: its first blocks that others can find, or that it found itself.
         chain: what the block after them comes after (see `BlockPool.publish`).
         holds_slot: whether it holds its variant's resident slot, as all that run do.
@@ -39,6 +40,7 @@ class Sequence:
     variant: str
     prompt_ids: Items[int]
     sampling: SamplingParams
+    source_ids: Items[int] = ()
     output_ids: list[int] = field(default_factory=list)
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -73,12 +75,23 @@ class Sequence:
         return self.prompt_ids[:-1] if self.sampling.prompt_logprobs is None else ()
 
     @property
+    def num_unread(self) -> int:
+        """Tokens of the source, until the encoder has read it with the first of the others."""
+        return 0 if self.num_cached else len(self.source_ids)
+
+    @property
+    def num_source_blocks(self) -> int:
+        """Blocks of what the encoder makes of the source."""
+        return blocks_for(len(self.source_ids))
+
+    @property
     def num_blocks_needed(self) -> int:
-        """Blocks for the prompt and every token it may generate.
+        """Blocks for source and prompt and every token it may generate.
 
         The last token chosen is never run, so it needs no row.
         """
-        return blocks_for(len(self.prompt_ids) + self.sampling.max_tokens - 1)
+        num_own = len(self.prompt_ids) + self.sampling.max_tokens - 1
+        return self.num_source_blocks + blocks_for(num_own)
 
     def pending_ids(self, count: int) -> list[int]:
         """The next `count` tokens to run."""
@@ -98,13 +111,14 @@ class Sequence:
 
     def output(self, text: str, reason: FinishReason) -> Output:
         """What its caller gets at the end."""
+        asked = tuple(self.source_ids or self.prompt_ids)
         return Output(
             self.variant,
             text,
             tuple(self.output_ids),
-            len(self.prompt_ids),
+            len(asked),
             reason,
-            tuple(self.prompt_ids),
+            asked,
             tuple(self.logprobs),
             tuple(self.prompt_logprobs),
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from moeruntime.codes import NestedCode, PrivateCode, plane_shapes, scale_columns
 from moeruntime.codes.nested import LEVEL_BITS
 from moeruntime.errors import RequestError, UsageError
-from moeruntime.families import ModelConfig
+from moeruntime.families import DecoderConfig
 from moeruntime.pack.manifest import (
     EXPERT_PARTS,
     ExpertCodes,
@@ -32,7 +32,7 @@ from moeruntime.pack.source import MadeTensor
 
 __all__ = ["SYNTHETIC_MODELS", "SyntheticSource"]
 
-_MIXTRAL = ModelConfig(
+_MIXTRAL = DecoderConfig(
     hidden_size=4096,
     intermediate_size=14336,
     num_layers=32,
@@ -50,9 +50,9 @@ _MIXTRAL = ModelConfig(
 )
 
 
-def _scaled(hidden: int, inner: int, layers: int, vocab: int, context: int) -> ModelConfig:
+def _scaled(hidden: int, inner: int, layers: int, vocab: int, context: int) -> DecoderConfig:
     """Mixtral made smaller; heads of 32, four query heads a key-value head."""
-    return ModelConfig(
+    return DecoderConfig(
         hidden_size=hidden,
         intermediate_size=inner,
         num_layers=layers,
@@ -70,7 +70,7 @@ def _scaled(hidden: int, inner: int, layers: int, vocab: int, context: int) -> M
     )
 
 
-SYNTHETIC_MODELS: Mapping[str, ModelConfig] = {
+SYNTHETIC_MODELS: Mapping[str, DecoderConfig] = {
     "mixtral-8x7b": _MIXTRAL,
     "mixtral-small": _scaled(hidden=1024, inner=3584, layers=8, vocab=32000, context=32768),
     "mixtral-mini": _scaled(hidden=256, inner=512, layers=4, vocab=4096, context=2048),
@@ -220,7 +220,7 @@ def _ones(out: Tensor) -> None:
 
 
 def _parse_code(
-    code: str, config: ModelConfig
+    code: str, config: DecoderConfig
 ) -> tuple[Mapping[str, NestedCode] | None, PrivateCode]:
     if code == "bf16":
         return None, PrivateCode(0, 0)
@@ -232,7 +232,7 @@ def _parse_code(
         raise UsageError(f"code '{code}' has more than {LEVEL_BITS} bits")
     # The private levels of a variant fill the gap between two shared ones.
     step = 2 ** (LEVEL_BITS - shared_bits - private_bits) if private_bits else 0
-    columns = {"gate_up": config.hidden_size, "down": config.intermediate_size}
+    columns = {part: shape[1] for part, shape in config.part_shapes.items()}
     nested = {
         part: NestedCode(shared_bits, 32 if columns[part] % 128 else 128) for part in EXPERT_PARTS
     }

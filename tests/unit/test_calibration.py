@@ -15,9 +15,10 @@ from torch import Tensor
 
 from helpers import TINY_CONFIG, MakeCheckpoint
 from moeconsolidate import calibration
-from moeconsolidate.calibration import StreamedLayer, collect
+from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.importance import Statistics
+from moeconsolidate.streaming import embed, streamed_block
 from runtime_fixtures import load_reference
 
 WINDOWS = torch.randint(4096, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -114,9 +115,9 @@ def test_layers_are_those_of_transformers(folder: Path) -> None:
     with torch.no_grad():
         model(WINDOWS)
     with Checkpoint("tiny", folder) as checkpoint, torch.no_grad():
-        hidden_WTH = checkpoint.read_non_expert("embed_tokens").float()[WINDOWS]
+        hidden_WTH = embed(checkpoint, WINDOWS)
         for idx, expected in enumerate(seen):
-            hidden_WTH = StreamedLayer(checkpoint, idx).run(hidden_WTH)
+            hidden_WTH = streamed_block(checkpoint, idx).run(hidden_WTH, WINDOWS)
             torch.testing.assert_close(hidden_WTH, expected, rtol=1e-4, atol=1e-5)
     assert len(seen) == TINY_CONFIG["num_hidden_layers"]
 
@@ -150,8 +151,8 @@ def test_the_same_text_and_seed_give_the_same_bits(
         )
 
 
-def test_progress_is_told_for_every_layer_twice(make_checkpoint: MakeCheckpoint) -> None:
+def test_progress_is_told_for_every_block_twice(make_checkpoint: MakeCheckpoint) -> None:
     steps: list[int] = []
     with Checkpoint("tiny", make_checkpoint("tiny")) as checkpoint:
-        collect(checkpoint, WINDOWS[:1], on_layer=steps.append)
+        collect(checkpoint, WINDOWS[:1], on_block=steps.append)
     assert steps == [1, 2, 3, 4]

@@ -46,7 +46,7 @@ def test_inputs_are_what_transformers_hands_its_experts(folder: Path) -> None:
         model(windows_WT)
     done: list[int] = []
     with Checkpoint("tiny", folder) as checkpoint:
-        inputs_LNH = expert_inputs(checkpoint, windows_WT, 11, on_layer=done.append)
+        inputs_LNH = expert_inputs(checkpoint, windows_WT, 11, on_block=done.append)
     assert inputs_LNH.shape == (2, 11, HIDDEN)
     for found_NH, all_WTH in zip(inputs_LNH, seen, strict=True):
         # The middle token of every three.

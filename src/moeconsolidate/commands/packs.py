@@ -161,8 +161,9 @@ def evaluate(
         list[str],
         typer.Option(
             metavar="NAME=FILE",
-            help='Texts to score a variant on, JSONL with one {"text": ...} a line; may be given '
-            "several times, also for one variant.",
+            help='Texts to score a variant on, JSONL with one {"text": ...} a line, or for '
+            'encoder-decoders {"input": ..., "target": ...}; may be given several times, also for '
+            "one variant.",
         ),
     ],
     reference: Annotated[

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from moeconsolidate.merging.average import Average
 from moeconsolidate.merging.base import MergeRule, SlotContext
+from moeconsolidate.parts import part_of
+from moeruntime.pack.manifest import EXPERT_PARTS
 
 __all__ = ["RegMean"]
 
@@ -44,16 +46,11 @@ class RegMean(MergeRule):
         if len(members) == 1:
             return members[0]
         Average()(members, context, out=out)
-        hidden, inner = context.config.hidden_size, context.config.intermediate_size
-        split = 2 * inner * hidden
-        for part, columns, width in (
-            ("gate_up", slice(0, split), hidden),
-            ("down", slice(split, None), inner),
-        ):
+        for part in EXPERT_PARTS:
             self._merge(
-                [row_P[columns].view(-1, width) for row_P in members],
+                [part_of(row_P, part, context.config) for row_P in members],
                 _moments(context, part),
-                out[columns].view(-1, width),
+                part_of(out, part, context.config),
             )
         return out
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moeruntime.engine import Engine
-from moeruntime.models import Decoder
+from moeruntime.models import Decoder, EncoderDecoder
 from moeruntime.models.experts import DensePool, NestedPool
 
 __all__ = ["MemoryRow", "measure_memory"]
@@ -36,7 +36,7 @@ def measure_memory(engine: Engine) -> list[MemoryRow]:
     buffer_bytes = 0
     if engine.graphs is not None:
         buffer_bytes = engine.graphs.buffers.num_bytes
-    if not isinstance(model, Decoder):
+    if not isinstance(model, Decoder | EncoderDecoder):
         buffer_bytes += model.decoded.nbytes + sum(table.nbytes for table in model.rotary)
     pools = [pool for pool in model.experts if isinstance(pool, DensePool | NestedPool)]
     rows = [

@@ -11,7 +11,7 @@ from itertools import cycle
 
 from moeruntime.bench.ceilings import Ceilings
 from moeruntime.bench.machine import median_s, synchronize
-from moeruntime.bench.work import prompt_bytes, prompt_flops
+from moeruntime.bench.work import decoder_config, prompt_bytes, prompt_flops
 from moeruntime.engine import Engine
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import blocks_for
@@ -118,7 +118,7 @@ def measure_prefill(engine: Engine, ceilings: Ceilings, num_tokens: int) -> Pref
     """Time a prompt whose tokens are on the device already."""
     work = prefill(engine, num_tokens)
     time_s = median_s(work, engine.device, repeats=7, warm_up=2)
-    flops = prompt_flops(engine.source.manifest.config, num_tokens)
+    flops = prompt_flops(decoder_config(engine.source), num_tokens)
     return PrefillRow(
         tokens=num_tokens,
         time_s=time_s,
@@ -166,5 +166,5 @@ def measure_ttft(
 
 
 def _roofline_s(engine: Engine, ceilings: Ceilings, num_tokens: int) -> float:
-    flops = prompt_flops(engine.source.manifest.config, num_tokens)
+    flops = prompt_flops(decoder_config(engine.source), num_tokens)
     return max(flops / ceilings.gemm_flops, prompt_bytes(engine, num_tokens) / ceilings.read_bytes)

@@ -16,9 +16,10 @@ from moeruntime.bench.machine import device_name, median_s, peak_bytes
 from moeruntime.bench.memory import measure_memory
 from moeruntime.bench.prompts import measure_prefill, measure_ttft
 from moeruntime.bench.report import LoadRow, Report
+from moeruntime.bench.work import decoder_config
 from moeruntime.engine import Engine
 from moeruntime.errors import UsageError
-from moeruntime.families import ModelConfig
+from moeruntime.families import DecoderConfig
 from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.loading import resolve_device, resolve_dtype
 from moeruntime.pack import Pack, WeightSource
@@ -61,7 +62,7 @@ class _Sizes:
     max_step_tokens: int
 
     @classmethod
-    def of(cls, options: BenchOptions, config: ModelConfig, device: torch.device) -> _Sizes:
+    def of(cls, options: BenchOptions, config: DecoderConfig, device: torch.device) -> _Sizes:
         batches = options.batches or DEFAULT_BATCHES[device.type]
         if min(batches) < 1:
             raise UsageError(f"batch {min(batches)}: a batch has at least one sequence")
@@ -84,7 +85,7 @@ class _Sizes:
             )
         return cls(batches, context, prompt, step)
 
-    def cache_bytes(self, config: ModelConfig, dtype: torch.dtype) -> int:
+    def cache_bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
         """Of the keys and values of the largest batch, or of the prompt."""
         blocks = max(
             batch * blocks_for(tokens_needed(batch, self.context, self.max_step_tokens))
@@ -118,7 +119,8 @@ def _run(source: WeightSource, options: BenchOptions, say: Callable[[str], None]
     manifest = source.manifest
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, manifest.expert_dtype)
-    sizes = _Sizes.of(options, manifest.config, device)
+    config = decoder_config(source)
+    sizes = _Sizes.of(options, config, device)
     say("what the machine can do at best")
     ceilings = measure_ceilings(device, dtype)
     read_rate = _read_rate(source, say)
@@ -130,7 +132,7 @@ def _run(source: WeightSource, options: BenchOptions, say: Callable[[str], None]
         resident=options.resident,
         max_sequences=max(sizes.batches),
         max_step_tokens=sizes.max_step_tokens,
-        cache_bytes=sizes.cache_bytes(manifest.config, dtype),
+        cache_bytes=sizes.cache_bytes(config, dtype),
         prefix_cache=False,
         on_progress=lambda line: say(f"loading: {line}"),
     ) as engine:

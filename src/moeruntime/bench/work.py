@@ -6,14 +6,38 @@ import math
 from collections.abc import Sequence
 
 from moeruntime.engine import Engine
-from moeruntime.families import ModelConfig
+from moeruntime.errors import UsageError
+from moeruntime.families import DecoderConfig
 from moeruntime.kv_cache import BLOCK_TOKENS, KVCache
+from moeruntime.pack import WeightSource
 from moeruntime.pack.manifest import Face
 
-__all__ = ["dense_bytes", "experts_bytes", "prompt_bytes", "prompt_flops", "step_bytes"]
+__all__ = [
+    "decoder_config",
+    "dense_bytes",
+    "experts_bytes",
+    "prompt_bytes",
+    "prompt_flops",
+    "step_bytes",
+]
 
 # From so many pairs an expert on, every expert meets some token in all likelihood.
 MANY_PAIRS = 8
+
+
+def decoder_config(source: WeightSource) -> DecoderConfig:
+    """The architecture of what is measured.
+
+    Raises:
+        UsageError: it is none of those whose work is known here.
+    """
+    config = source.manifest.config
+    if not isinstance(config, DecoderConfig):
+        raise UsageError(
+            f"{source.root}: moec bench measures decoder-only models; this is a "
+            f"{source.manifest.family}"
+        )
+    return config
 
 
 def step_bytes(
@@ -28,7 +52,7 @@ def step_bytes(
         batch: sequences.
         context: tokens of each of them.
     """
-    config = engine.source.manifest.config
+    config = decoder_config(engine.source)
     seen = context if config.sliding_window is None else min(context, config.sliding_window)
     token_bytes = KVCache.block_bytes(config, engine.dtype) // BLOCK_TOKENS
     return experts_bytes(engine, faces) + dense_bytes(engine, variants) + batch * seen * token_bytes
@@ -72,7 +96,7 @@ def prompt_bytes(engine: Engine, num_tokens: int) -> int:
     return experts_bytes(engine, faces) + dense_bytes(engine, 1)
 
 
-def prompt_flops(config: ModelConfig, num_tokens: int) -> int:
+def prompt_flops(config: DecoderConfig, num_tokens: int) -> int:
     """Operations of a prompt and its first new token: two for each active weight and token.
 
     Attention sees each token and those before it; logits are the last token's alone.

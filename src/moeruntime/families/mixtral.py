@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moeruntime.families.base import MAX_DIM, Family, ModelConfig
+from moeruntime.families.decoder import DecoderConfig
 from moeruntime.strict_json import Fields
 
 __all__ = ["MIXTRAL"]
@@ -18,7 +19,7 @@ def _parse_config(source: Fields) -> ModelConfig:
         source.fail(
             f"hidden_act {ascii(activation[:40])} is not implemented for Mixtral; 'silu' is"
         )
-    config = ModelConfig(
+    config = DecoderConfig(
         hidden_size=hidden_size,
         intermediate_size=source.integer("intermediate_size", 1, MAX_DIM),
         num_layers=source.integer("num_hidden_layers", 1, 4096),
@@ -55,29 +56,39 @@ def _rope_theta(source: Fields) -> float:
 
 MIXTRAL = Family(
     model_type="mixtral",
+    config_type=DecoderConfig,
     parse_config=_parse_config,
-    global_names={
+    config_keys={
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "num_experts": "num_local_experts",
+        "top_k": "num_experts_per_tok",
+        "max_context": "max_position_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    non_expert_names={
         "embed_tokens": "model.embed_tokens.weight",
+        "layers.*.input_norm": "model.layers.*.input_layernorm.weight",
+        "layers.*.q_proj": "model.layers.*.self_attn.q_proj.weight",
+        "layers.*.k_proj": "model.layers.*.self_attn.k_proj.weight",
+        "layers.*.v_proj": "model.layers.*.self_attn.v_proj.weight",
+        "layers.*.o_proj": "model.layers.*.self_attn.o_proj.weight",
+        "layers.*.post_attention_norm": "model.layers.*.post_attention_layernorm.weight",
+        "layers.*.router": "model.layers.*.block_sparse_moe.gate.weight",
         "final_norm": "model.norm.weight",
         "lm_head": "lm_head.weight",
     },
-    layer_names={
-        "input_norm": "model.layers.{layer}.input_layernorm.weight",
-        "q_proj": "model.layers.{layer}.self_attn.q_proj.weight",
-        "k_proj": "model.layers.{layer}.self_attn.k_proj.weight",
-        "v_proj": "model.layers.{layer}.self_attn.v_proj.weight",
-        "o_proj": "model.layers.{layer}.self_attn.o_proj.weight",
-        "post_attention_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-        "router": "model.layers.{layer}.block_sparse_moe.gate.weight",
-    },
     expert_names={
-        "gate_proj": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-        "up_proj": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-        "down_proj": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+        "layers.*": {
+            "gate_proj": "model.layers.*.block_sparse_moe.experts.{expert}.w1.weight",
+            "up_proj": "model.layers.*.block_sparse_moe.experts.{expert}.w3.weight",
+            "down_proj": "model.layers.*.block_sparse_moe.experts.{expert}.w2.weight",
+        }
     },
     fused_names={
-        "gate_up_proj": "model.layers.{layer}.block_sparse_moe.experts.gate_up_proj",
-        "down_proj": "model.layers.{layer}.block_sparse_moe.experts.down_proj",
+        "gate_up_proj": "model.layers.*.block_sparse_moe.experts.gate_up_proj",
+        "down_proj": "model.layers.*.block_sparse_moe.experts.down_proj",
     },
     prefixes=(".block_sparse_moe.", ".mlp."),
     ignored_suffixes=(".rotary_emb.inv_freq",),

@@ -6,10 +6,18 @@ is chosen here, and must agree with it.
 
 from moeruntime.kernels.reference import (
     TokenGroup,
+    activate,
     expert_mlp,
     grouped_linear,
     paged_attention,
     write_cache,
 )
 
-__all__ = ["TokenGroup", "expert_mlp", "grouped_linear", "paged_attention", "write_cache"]
+__all__ = [
+    "TokenGroup",
+    "activate",
+    "expert_mlp",
+    "grouped_linear",
+    "paged_attention",
+    "write_cache",
+]

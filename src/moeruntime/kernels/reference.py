@@ -15,9 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from moeruntime.families import Activation
     from moeruntime.models.experts import ExpertPool
 
-__all__ = ["TokenGroup", "expert_mlp", "grouped_linear", "paged_attention", "write_cache"]
+__all__ = [
+    "TokenGroup",
+    "activate",
+    "expert_mlp",
+    "grouped_linear",
+    "paged_attention",
+    "write_cache",
+]
 
 
 class TokenGroup(NamedTuple):
@@ -47,7 +55,27 @@ def grouped_linear(x_TI: Tensor, weight_ROI: Tensor, groups: Sequence[TokenGroup
     return out
 
 
-def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertPool) -> Tensor:
+def activate(inner_NI: Tensor, activation: Activation) -> Tensor:
+    """What stands between an expert's two products.
+
+    Args:
+        inner_NI: the first product: "swiglu" takes gate and up side by side [N, 2I] and gives
+            silu(gate) * up (Shazeer 2020), "relu" takes [N, I].
+        activation: which.
+    """
+    if activation == "relu":
+        return F.relu(inner_NI)
+    gate, up = inner_NI.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def expert_mlp(
+    x_TH: Tensor,
+    faces_TK: Tensor,
+    weights_TK: Tensor,
+    pool: ExpertPool,
+    activation: Activation = "swiglu",
+) -> Tensor:
     """Apply each token's K experts and add them up by routing weight.
 
     `faces_TK` names distinct experts, so tokens of different variants that share one meet in one
@@ -58,6 +86,7 @@ def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertP
         faces_TK: int64 faces of the pool.
         weights_TK: float32 routing weights.
         pool: the layer's experts.
+        activation: what they do between their products.
 
     Returns:
         [T, H] in x's dtype; weighted sums are formed in float32.
@@ -73,8 +102,8 @@ def expert_mlp(x_TH: Tensor, faces_TK: Tensor, weights_TK: Tensor, pool: ExpertP
             continue
         stop = start + count
         gate_up_IH, down_HI = pool.weights(face)
-        gate, up = F.linear(x_TH[tokens[start:stop]], gate_up_IH).chunk(2, dim=-1)
-        sorted_out[start:stop] = F.linear(F.silu(gate) * up, down_HI)
+        inner = activate(F.linear(x_TH[tokens[start:stop]], gate_up_IH), activation)
+        sorted_out[start:stop] = F.linear(inner, down_HI)
         start = stop
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out

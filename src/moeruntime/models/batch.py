@@ -26,6 +26,9 @@ class Span:
         token_ids: the new tokens.
         start: position of the first of them in the sequence.
         block_table: its cache blocks, enough for every position up to the last new one.
+        num_source: of an encoder-decoder's sequence, tokens that its encoder reads.
+        source_table: the cache blocks of what the encoder made of them.
+        source_ids: these tokens, if the encoder is to run in this step.
     """
 
     slot: int
@@ -33,6 +36,9 @@ class Span:
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
+    num_source: int = 0
+    source_table: Sequence[int] = ()
+    source_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,9 @@ class Batch:
         groups: the rows of each resident slot.
         spans: (start, stop, context) a sequence, in the order of the batch.
         spans_on_device: the same with the cache blocks of each sequence.
+        sources: the encoder's step before this one, over those sources that have not been read.
+        source_spans: (start, stop, source tokens) a sequence, where there is an encoder.
+        sources_on_device: the same with the cache blocks of each source.
     """
 
     token_ids_T: Tensor
@@ -56,6 +65,9 @@ class Batch:
     groups: tuple[TokenGroup, ...]
     spans: tuple[tuple[int, int, int], ...]
     spans_on_device: Spans
+    sources: Batch | None = None
+    source_spans: tuple[tuple[int, int, int], ...] = ()
+    sources_on_device: Spans | None = None
 
     @classmethod
     def build(cls, sequences: Sequence[Span], device: torch.device) -> Batch:
@@ -82,6 +94,15 @@ class Batch:
         packed = torch.tensor([tokens, positions, slots, variants, rows])
         packed = to_device(packed, device)
         token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
+        source_spans: tuple[tuple[int, int, int], ...] = ()
+        sources_on_device = None
+        if any(one.num_source for one in sequences):
+            source_spans = tuple(
+                (start, stop, one.num_source)
+                for one, (start, stop, _) in zip(sequences, spans, strict=True)
+            )
+            tables = [one.source_table for one in sequences]
+            sources_on_device = Spans.build(source_spans, tables, device)
         return cls(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -91,7 +112,19 @@ class Batch:
             groups=token_groups(slots),
             spans=tuple(spans),
             spans_on_device=Spans.build(spans, [s.block_table for s in sequences], device),
+            sources=cls._to_encode(sequences, device),
+            source_spans=source_spans,
+            sources_on_device=sources_on_device,
         )
+
+    @classmethod
+    def _to_encode(cls, sequences: Sequence[Span], device: torch.device) -> Batch | None:
+        unread = [
+            Span(one.slot, one.variant_idx, one.source_ids, 0, one.source_table)
+            for one in sequences
+            if one.source_ids
+        ]
+        return cls.build(unread, device) if unread else None
 
     @property
     def block_tables(self) -> list[Tensor]:

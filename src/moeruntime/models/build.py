@@ -1,4 +1,4 @@
-"""Chooses the decoder that a device runs."""
+"""Chooses the model that an architecture and a device need."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moeruntime.families import DecoderConfig, EncoderDecoderConfig
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.decoder import Decoder
+from moeruntime.models.encoder_decoder import EncoderDecoder
 from moeruntime.models.experts import ExpertPool
 from moeruntime.pack import Manifest
 
@@ -28,8 +30,10 @@ def build_model(
     *,
     num_slots: int,
     max_rows: int,
-) -> tuple[Decoder | FusedDecoder, DecodeGraphs | None]:
-    """The model over views of what is loaded, and on CUDA the graphs of its decode steps.
+) -> tuple[Decoder | EncoderDecoder | FusedDecoder, DecodeGraphs | None]:
+    """The model over views of what is loaded, and on CUDA the graphs of a decoder's decode steps.
+
+    An encoder-decoder runs the reference kernels on every device.
 
     Args:
         manifest: whose variants and experts.
@@ -44,6 +48,9 @@ def build_model(
     faces_VLE = torch.tensor(
         [[faces[name] for faces in faces_of] for name in manifest.variant_names], device=device
     )
+    if isinstance(config, EncoderDecoderConfig):
+        return EncoderDecoder(config, weights, experts, faces_VLE, cache), None
+    assert isinstance(config, DecoderConfig)
     parts = (config, weights, experts, faces_VLE, cache)
     if device.type != "cuda":
         return Decoder(*parts), None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeruntime.families import ModelConfig
+from moeruntime.families import DecoderConfig
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows
 from moeruntime.kernels.shapes import Shape
@@ -34,7 +34,7 @@ def batch_sizes(max_rows: int) -> list[int]:
     return [*sizes, next(size for size in BATCH_SIZES if size >= max_rows)]
 
 
-def decoded_numel(config: ModelConfig, max_faces: int, dtype: torch.dtype) -> int:
+def decoded_numel(config: DecoderConfig, max_faces: int, dtype: torch.dtype) -> int:
     """Weights decoded at once for a step of many tokens: gate_up of some faces, or of one."""
     one = 2 * config.intermediate_size * config.hidden_size
     at_once = max(1, DECODED_BYTES // (one * dtype.itemsize))
@@ -114,7 +114,7 @@ class StepBuffers:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderConfig,
         max_rows: int,
         max_faces: int,
         dtype: torch.dtype,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeruntime.families.base import layer_role
+from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import attention, norms
 from moeruntime.kernels.attention import DecodeScratch
 from moeruntime.kernels.projections import project

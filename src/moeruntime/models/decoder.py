@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moeruntime import kernels
-from moeruntime.families import ModelConfig
-from moeruntime.families.base import layer_role
+from moeruntime.families import DecoderConfig
+from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import TokenGroup
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
@@ -22,22 +22,7 @@ from moeruntime.models.experts import ExpertPool
 from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
 from moeruntime.models.moe import route
 
-__all__ = ["Decoder", "parameter_roles"]
-
-
-def parameter_roles(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """The decoder's non-expert parameters, each with the stored roles whose rows it concatenates.
-
-    Query, key and value projections are one parameter, so that a step multiplies once.
-    """
-    parameters: dict[str, tuple[str, ...]] = {}
-    for role in config.non_expert_shapes():
-        prefix, _, name = role.rpartition(".")
-        if name == "q_proj":
-            parameters[f"{prefix}.qkv_proj"] = tuple(f"{prefix}.{n}_proj" for n in "qkv")
-        elif name not in ("k_proj", "v_proj"):
-            parameters[role] = (role,)
-    return parameters
+__all__ = ["Decoder"]
 
 
 class Decoder:
@@ -45,7 +30,7 @@ class Decoder:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderConfig,
         weights: Mapping[str, Tensor],
         experts: Sequence[ExpertPool],
         faces_VLE: Tensor,

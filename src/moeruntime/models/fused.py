@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeruntime.families import ModelConfig
-from moeruntime.families.base import layer_role
+from moeruntime.families import DecoderConfig
+from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import (
     TokenGroup,
     attention,
@@ -52,7 +52,7 @@ class FusedDecoder:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderConfig,
         weights: Mapping[str, Tensor],
         experts: Sequence[ExpertPool],
         faces_VLE: Tensor,

@@ -1,16 +1,25 @@
-"""Normalisation and rotary embedding for a step of mixed variants.
+"""Normalisation and positions, rotary or relative, for a step of mixed variants.
 
 Legend: T tokens, R resident slots, H hidden, N heads, D head dimension.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from moeruntime.families import ModelConfig
+from moeruntime.families import DecoderConfig
 
-__all__ = ["apply_rotary", "half_rotary_tables", "rms_norm", "rotary_bytes", "rotary_tables"]
+__all__ = [
+    "apply_rotary",
+    "half_rotary_tables",
+    "relative_buckets",
+    "rms_norm",
+    "rotary_bytes",
+    "rotary_tables",
+]
 
 
 def rms_norm(x_TH: Tensor, weight_RH: Tensor, slot_T: Tensor, eps: float) -> Tensor:
@@ -31,7 +40,7 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def half_rotary_tables(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def half_rotary_tables(config: DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Float32 cosines and sines [positions, D / 2] of the whole context."""
     positions = torch.arange(config.max_context, device=device)
     cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, torch.float32)
@@ -39,7 +48,7 @@ def half_rotary_tables(config: ModelConfig, device: torch.device) -> tuple[Tenso
     return cos[:, 0, :half].contiguous(), sin[:, 0, :half].contiguous()
 
 
-def rotary_bytes(config: ModelConfig) -> int:
+def rotary_bytes(config: DecoderConfig) -> int:
     """Of both of `half_rotary_tables`."""
     return 2 * 4 * config.max_context * (config.head_dim // 2)
 
@@ -48,3 +57,27 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each head's pairs (first half, second half) by the token's angles."""
     first, second = x_TND.chunk(2, dim=-1)
     return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def relative_buckets(ahead: Tensor, num_buckets: int, *, causal: bool, max_distance: int) -> Tensor:
+    """The bucket of a relative position, whose bias is added to a score (Raffel et al. 2020, T5).
+
+    Near distances have a bucket each, far ones share buckets that grow with the logarithm of the
+    distance; both directions have half of the buckets each unless only the past is seen.
+
+    Args:
+        ahead: int64; how far a key lies ahead of a query, negative behind it.
+        num_buckets: in all.
+        causal: only the past is seen; keys ahead get the bucket of distance 0.
+        max_distance: all distances from here on share the last bucket.
+
+    Returns:
+        int64 in the shape of `ahead`.
+    """
+    distance = ahead.neg().clamp(min=0) if causal else ahead.abs()
+    num_each = num_buckets if causal else num_buckets // 2
+    near = num_each // 2
+    growth = (distance.float() / near).log() / math.log(max_distance / near)
+    far = near + (growth.clamp(min=0) * (num_each - near)).long()
+    bucket = torch.where(distance < near, distance, far.clamp(max=num_each - 1))
+    return bucket if causal else bucket + num_each * (ahead > 0)

@@ -48,7 +48,7 @@ SIGNATURE_NAME = "model.sig"
 
 COMMON_FILE = "variants/common.safetensors"
 EXPERT_PARTS = ("gate_up", "down")
-"""An expert's two matrices, [2I, H] with the gate rows first, and [H, I]."""
+"""An expert's two matrices: [2I, H] with the gate rows first, or [I, H] without; and [H, I]."""
 
 ExpertCodes = tuple[PrivateCode, PrivateCode]
 """The private codes of one expert's parts, in the order of EXPERT_PARTS."""
@@ -183,8 +183,7 @@ class Manifest:
 
     def part_shape(self, part: str) -> tuple[int, int]:
         """[rows, columns] of one part of an expert."""
-        hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        return (2 * inner, hidden) if part == "gate_up" else (hidden, inner)
+        return self.config.part_shapes[part]
 
     def coded_bytes(self) -> int:
         """Tensor bytes of all experts of a nested pack: codes and scales, shared and private."""

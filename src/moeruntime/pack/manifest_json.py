@@ -47,7 +47,7 @@ def parse_manifest(source: Fields) -> Manifest:
     family = source.text("family")
     if family not in FAMILIES:
         source.fail(f"unknown family {ascii(family[:40])}; known: {', '.join(sorted(FAMILIES))}")
-    config = ModelConfig.from_json(source.child("config"))
+    config = FAMILIES[family].config_type.from_json(source.child("config"))
     files = _parse_files(source.child("files"))
     layers = source.children("layers")
     if len(layers) != config.num_layers:
