@@ -19,7 +19,9 @@ from _common import EXAMPLES
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
+from moeconsolidate.hub.obtain import obtain
 from moeconsolidate.original import CheckpointSource
+from moeconsolidate.sources import parse_sources
 from moeconsolidate.texts import read_texts
 from moeruntime import Engine
 
@@ -177,6 +179,16 @@ class Scorer:
             for ids, logprobs_TV in zip(windows, engine.logprobs(name, windows), strict=True)
         ]
         return sum(losses) / len(losses)
+
+
+def folders_of(models: Sequence[str]) -> dict[str, Path]:
+    """Folders of [NAME=]MODEL arguments by name; models of the hub are downloaded."""
+    sources = parse_sources(models)
+    folders = {name: model.snapshot for name, model in obtain(sources, lambda _: None).items()}
+    return {
+        one.name: one.origin if isinstance(one.origin, Path) else folders[one.name]
+        for one in sources
+    }
 
 
 def open_original(subject: Subject) -> Engine:

@@ -18,7 +18,8 @@ the texts english and tldr, to be filled in.
 
 Run: python benchmarks/switch.py base=DIR/switch-base langid=DIR/switch-langid \\
        shell=DIR/switch-shell codesum=DIR/switch-codesum --data EVAL --calibration CALIBRATION
-EVAL and CALIBRATION hold [switch-]NAME.jsonl with {"input": ..., "target": ...} a line.
+MODELs are folders, or ORG/NAME on the hub. EVAL and CALIBRATION hold [switch-]NAME.jsonl with
+{"input": ..., "target": ...} a line.
 """
 
 from __future__ import annotations
@@ -34,12 +35,11 @@ from pathlib import Path
 import torch
 from _common import print_json
 from _methods import Methods
-from _subjects import Subject, open_original
+from _subjects import Subject, folders_of, open_original
 from rouge_score.rouge_scorer import RougeScorer
 from tokenizers import Tokenizer
 
 from moeconsolidate.pairs import Pair, TokenPair, encode_pairs, read_pairs
-from moeconsolidate.sources import parse_sources
 from moeconsolidate.texts import read_texts
 from moeruntime import Engine, Request, SamplingParams
 from moeruntime.bench.machine import cpu_name
@@ -157,12 +157,12 @@ def main() -> None:
         scratch = Path(temporary)
         subjects = [
             Subject(
-                source.name,
-                source.folder,
-                (pairs_of(arguments.data, source.name, source.folder, scratch),),
-                (pairs_of(arguments.calibration, source.name, source.folder, scratch),),
+                name,
+                folder,
+                (pairs_of(arguments.data, name, folder, scratch),),
+                (pairs_of(arguments.calibration, name, folder, scratch),),
             )
-            for source in parse_sources(arguments.models)
+            for name, folder in folders_of(arguments.models).items()
         ]
         rows = list(measured(subjects, arguments, scratch))
     print_json({"benchmark": "switch", "cpu": cpu_name(), "pairs": arguments.pairs, "rows": rows})

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from _common import print_json
+from _subjects import folders_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
@@ -32,7 +33,6 @@ from transformers import AutoModelForSeq2SeqLM
 from moeconsolidate import consolidate
 from moeconsolidate.export import export_variant
 from moeconsolidate.pairs import TokenPair, encode_pairs, read_pairs
-from moeconsolidate.sources import parse_sources
 from moeruntime import Engine, Request, SamplingParams
 from moeruntime.bench.machine import cpu_name
 
@@ -85,7 +85,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        folders = {one.name: one.folder for one in parse_sources(arguments.models)}
+        folders = folders_of(arguments.models)
         if arguments.capacity:
             folders = {
                 name: with_capacity(folder, arguments.capacity, root / f"limited-{name}")

@@ -10,14 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from _subjects import folders_of
+from safetensors.torch import load_file
 
 from helpers import MakeCheckpoint, tree_digests
 from hub_fixtures import TOKEN, cache, hub
 from hub_server import Hub
 from moeconsolidate import cli, consolidate
+from moeconsolidate.export import export_variant
 from moeconsolidate.hub import transfer
 from moeruntime import verify_pack
 from moeruntime.errors import CheckpointError, HubError, IntegrityError, ResourceError
+from switch_fixtures import make_switch
 
 __all__ = ["cache", "hub"]
 
@@ -55,6 +60,25 @@ def test_models_by_name_give_the_pack_of_their_folders(
     differ = {name for name in of_hub if of_hub[name] != of_folders[name]}
     assert differ == {"manifest.json", "README.md"}
     verify_pack(tmp_path / "pack")
+
+
+def test_encoder_decoders_come_from_the_hub_too(
+    hub: Hub, checkpoints: dict[str, Path], cache: Path, tmp_path: Path
+) -> None:
+    """As benchmarks/switch.py takes google/switch-base-8 and its fine-tunes."""
+    tokenizer = checkpoints["base"]
+    for seed, name in enumerate(("google/switch-base-8", "org/switch-tuned")):
+        hub.add(name, make_switch(tmp_path / name.partition("/")[2], tokenizer, seed=seed))
+    folders = folders_of(["base=google/switch-base-8", "tuned=org/switch-tuned"])
+    assert list(folders) == ["base", "tuned"]
+    assert all(folder.is_relative_to(cache) for folder in folders.values())
+    result = consolidate(
+        ["base=google/switch-base-8", "tuned=org/switch-tuned"], tmp_path / "pack", threshold=1.0
+    )
+    assert result.manifest.family == "switch_transformers"
+    out = export_variant(tmp_path / "pack", "tuned", tmp_path / "again")
+    again, original = (load_file(folder / WEIGHTS) for folder in (out, folders["tuned"]))
+    assert all(torch.equal(tensor, original[name]) for name, tensor in again.items())
 
 
 def test_nothing_is_downloaded_twice(
