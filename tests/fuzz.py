@@ -3,8 +3,7 @@
 Whatever the bytes are, the answer must be a value or one of moec's errors, in one line. The corpus
 begins with the golden files, and grows in a folder if one is given.
 
-    pip install atheris
-    PYTHONPATH=src python tests/fuzz.py header --seconds 60
+    scripts/fuzz 60
     PYTHONPATH=src python tests/fuzz.py manifest --seconds 60 --corpus DIR
 """
 
@@ -74,7 +73,7 @@ def checked(parse: Callable[[bytes], None]) -> Callable[[bytes], None]:
         try:
             parse(data)
         except MoecError as problem:
-            assert "\n" not in str(problem).replace("\\n", "")
+            assert "\n" not in str(problem), ascii(str(problem))
 
     return run
 
@@ -83,13 +82,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same runs again; 0: others each time"
+    )
     parser.add_argument("--corpus", type=Path, help="keep what was found there")
     args = parser.parse_args()
     corpus = args.corpus or Path(tempfile.mkdtemp(prefix="moec-fuzz-"))
     corpus.mkdir(exist_ok=True)
     for number, seed in enumerate(seeds(args.target)):
         (corpus / f"sound-{number}").write_bytes(seed)
-    options = [f"-max_total_time={args.seconds}", "-max_len=65536", "-timeout=10"]
+    options = [f"-max_total_time={args.seconds}", f"-seed={args.seed}"]
+    options += ["-max_len=65536", "-timeout=10"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], checked(TARGETS[args.target]))
     atheris.Fuzz()
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.coding import SCRATCH_WEIGHTS, UNWEIGHED_SCRATCH, nested_format
+from moeconsolidate.coding import nested_format
 from moeconsolidate.encoding import encode
+from moeconsolidate.pieces import SCRATCH_WEIGHTS, UNWEIGHED_SCRATCH
 from moeconsolidate.plan import Recipe, default_code
 from moeconsolidate.planning import resolve_recipe
 from moeconsolidate.similarity import cosine_similarity

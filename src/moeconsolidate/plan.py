@@ -142,7 +142,9 @@ class Recipe:
             raise UsageError("a budget or a max loss needs calibration, with text or by itself")
         for name, known in _CHOICES.items():
             if (value := getattr(self, name)) not in known:
-                raise UsageError(f"{name} '{value}' is unknown; known: {', '.join(known)}")
+                raise UsageError(
+                    f"{name} {ascii(value[:40])} is unknown; known: {', '.join(known)}"
+                )
         if self.merge != "average" and self.code != "plain":
             raise UsageError(f"merge '{self.merge}' makes plain experts, not {self.code} codes")
         if self.merge in CALIBRATED_MERGES and self.calibration == "none":

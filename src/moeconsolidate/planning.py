@@ -15,10 +15,11 @@ from torch import Tensor
 from moeconsolidate.allocation import Allocation, Unit, allocate, options_for
 from moeconsolidate.calibration import collect
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.coding import Coherence, layer_units, nested_format
+from moeconsolidate.coding import nested_format
 from moeconsolidate.importance import Statistics
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.measuring import MeasuredLoss, measure
+from moeconsolidate.option_costs import Coherence, layer_units
 from moeconsolidate.pairs import pair_windows
 from moeconsolidate.plan import (
     CALIBRATED_MERGES,

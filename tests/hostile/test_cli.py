@@ -165,10 +165,14 @@ def test_94_a_full_disk(
         (lambda plan: plan["recipe"].pop("merge"), ["recipe: field 'merge' is missing"]),
         (lambda plan: plan["recipe"].update(threshold=2), ["recipe: field 'threshold' is 2"]),
         (lambda plan: plan["recipe"].update(merge="magic"), ["merge 'magic' is unknown; known: "]),
+        (
+            lambda plan: plan["recipe"].update(alignment="no\nne"),
+            ["alignment 'no\\nne' is unknown"],
+        ),
         (lambda plan: plan.update(layers=5), ["field 'layers' must be a list"]),
         (lambda plan: plan["layers"][0].clear(), ["layers[0]"]),
     ],
-    ids=[f"93-{number}" for number in range(7)],
+    ids=[f"93-{number}" for number in range(8)],
 )
 def test_93_plans(
     change: Callable[[Any], object],
