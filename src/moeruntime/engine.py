@@ -111,7 +111,8 @@ class Engine:
         """
         manifest = source.manifest
         num_variants = len(manifest.variants)
-        if (resident := num_variants if resident is None else resident) < 1:
+        resident = num_variants if resident is None else resident
+        if resident < 1:
             raise UsageError(f"resident is {resident}; at least one variant must be on the device")
         if not 1 <= max_sequences <= max_step_tokens:
             raise UsageError(
