@@ -23,7 +23,7 @@ __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
 # Activations, the allocator's rounding, and on a GPU the context and library workspaces.
 RESERVE_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 # On a CPU nested experts are decoded when tokens come; so much of what was decoded lately is kept.
-# CUDA kernels decode in registers; encoder-decoders have none of their own yet.
+# CUDA kernels keep nothing decoded; encoder-decoders have none of their own yet.
 DECODED_BYTES = 256 * 2**20
 # Unless told otherwise, the first layer of every variant stays on a GPU where all of them together
 # take at most this part of what the weights leave free: a prompt can begin at once then.

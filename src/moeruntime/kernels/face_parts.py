@@ -26,7 +26,6 @@ GROUP = 128
 MAX_FACES = 128
 """Faces of a layer that the kernel lists, a thread each."""
 
-
 MAX_TURNS = 8
 """That a program of gate_up takes."""
 

@@ -298,10 +298,13 @@ def _face_part(pool: NestedPool, idx: int) -> FacePart:
 
 def _library_serves(pool: KernelPool, num_pairs: int, dtype: torch.dtype) -> bool:
     """Whether the library's grouped product is the best for a step of so many pairs."""
-    if dtype == torch.float32 or isinstance(pool, DensePool):
-        return dtype != torch.float32
-    decodable = nested.can_decode(pool.gate_up) and nested.can_decode(pool.down)
-    return decodable and not (pool.fast and num_pairs <= FEW_PAIRS)
+    if dtype == torch.float32:  # exact steps go through our own kernels
+        return False
+    if isinstance(pool, DensePool):
+        return True
+    if pool.fast and num_pairs <= FEW_PAIRS:
+        return False
+    return nested.can_decode(pool.gate_up) and nested.can_decode(pool.down)
 
 
 def _library_experts(
