@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeruntime.kernels.spans import to_device
 from moeruntime.request import SamplingParams, TokenLogprobs
 
 __all__ = ["PendingLogprobs", "logprobs_of", "wanted_logprobs"]
@@ -60,9 +61,7 @@ def wanted_logprobs(
     rows = [row for row, count in enumerate(num_top) if count is not None]
     if not rows:
         return None
-    rows_W = torch.tensor(rows)
-    if logits_NV.is_cuda:
-        rows_W = rows_W.pin_memory().to(logits_NV.device, non_blocking=True)
+    rows_W = to_device(torch.tensor(rows), logits_NV.device)
     most = max(count for count in num_top if count is not None)
     chosen_W, ids_WK, top_WK = _look(logits_NV[rows_W], tokens_N[rows_W], most)
     if logits_NV.is_cuda:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.kernels import TokenGroup
+from moeruntime.kernels.spans import to_device
 from moeruntime.kv_cache import blocks_for
 from moeruntime.logprobs import ROWS, PendingLogprobs, logprobs_of, wanted_logprobs
 from moeruntime.models import Batch, Decoder, EncoderDecoder
@@ -114,7 +115,7 @@ class Runner:
             _move_on(chunks)
             if not repeats:
                 rows = [row for row, is_last in enumerate(last) if is_last]
-                picked = torch.tensor(rows, device=self.device)
+                picked = to_device(torch.tensor(rows), self.device)
                 logits_TV, tokens_T = logits_TV[picked], tokens_T[picked]
             return self._choose(sequences, logits_TV, tokens_T, repeats)
         batch = Batch.build(spans, self.device)
@@ -126,7 +127,7 @@ class Runner:
         if not rows:
             return Launched((), False, torch.empty(0), None)
         groups = token_groups([self._residency.slot(s.variant) for s in sequences])
-        picked = torch.tensor(rows, device=self.device)
+        picked = to_device(torch.tensor(rows), self.device)
         logits_NV = self.model.logits(hidden_TH[picked], groups)
         return self._choose(sequences, logits_NV, logits_NV.argmax(dim=-1), repeats=False)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moeruntime.kernels.spans import to_device
 from moeruntime.request import SamplingParams
 
 __all__ = ["resample", "sample"]
@@ -46,9 +47,7 @@ def resample(
     rows = [row for row, one in enumerate(params) if one.temperature > 0]
     if not rows:
         return
-    rows_S = torch.tensor(rows)
-    if logits_NV.is_cuda:
-        rows_S = rows_S.pin_memory().to(logits_NV.device, non_blocking=True)
+    rows_S = to_device(torch.tensor(rows), logits_NV.device)
     tokens_N[rows_S] = _sample_rows(
         logits_NV[rows_S], [params[row] for row in rows], [uniforms[row] for row in rows]
     )
@@ -58,22 +57,27 @@ def _sample_rows(
     logits_NV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
 ) -> Tensor:
     """Invert each row's cumulative distribution over the tokens that top-k and top-p leave."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits_NV.device)[:, None]
-
+    vocab_size = logits_NV.shape[1]
     # float64: a cumulative sum over 100,000 tokens in float32 can miss the last ones.
-    temperature = column([one.temperature for one in params])
+    wanted = torch.tensor(
+        [
+            [one.temperature for one in params],
+            [one.top_k or vocab_size for one in params],
+            [one.top_p for one in params],
+            uniforms,
+        ],
+        dtype=torch.float64,
+    )
+    temperature, top_k, top_p, uniform = to_device(wanted, logits_NV.device)[..., None].unbind()
     # The maximum goes first, so that a tiny temperature underflows instead of overflowing.
     centred_NV = logits_NV.double() - logits_NV.double().amax(dim=-1, keepdim=True)
     probs, ids = (centred_NV / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probs.cumsum(dim=-1) - probs
-    rank = torch.arange(probs.shape[1], device=probs.device)[None, :]
-    top_k = column([one.top_k or probs.shape[1] for one in params])
-    keep = (before < column([one.top_p for one in params])) & (rank < top_k)
+    rank = torch.arange(vocab_size, device=probs.device)[None, :]
+    keep = (before < top_p) & (rank < top_k)
     keep[:, 0] = True
     cumulative = torch.where(keep, probs, 0.0).cumsum(dim=-1)
-    target = column(list(uniforms)) * cumulative[:, -1:]
+    target = uniform * cumulative[:, -1:]
     position = torch.searchsorted(cumulative, target, right=True)
     position = position.clamp(max=keep.sum(dim=-1, keepdim=True) - 1)
     return ids.gather(1, position)[:, 0]

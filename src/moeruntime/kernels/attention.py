@@ -32,7 +32,7 @@ def _turn(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("position_T", "row_T"))
 def _rotate_kernel(
     qkv, position_T, row_T, cos, sin, query, keys, values,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
@@ -269,7 +269,10 @@ def decode_attention(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("table_stride",),
+    do_not_specialize_on_alignment=("tiles", "starts", "stops", "contexts", "tables"),
+)
 def _span_kernel(
     query, keys, values, out, tiles, starts, stops, contexts, tables, table_stride, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,

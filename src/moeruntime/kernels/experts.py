@@ -22,7 +22,7 @@ from moeruntime.kernels.shapes import Shape
 __all__ = ["down", "gate_up"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity",))
 def _gate_up_kernel(
     x, weight, out, counts, pairs, capacity, face_stride,
     F: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
@@ -90,7 +90,7 @@ def gate_up(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity",))
 def _down_kernel(
     x, weight, out, weights_TK, counts, pairs, capacity, face_stride,
     F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,

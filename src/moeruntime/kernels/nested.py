@@ -79,7 +79,7 @@ def _product(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity",))
 def _nested_gate_up_kernel(
     x, plane4, plane2, plane1, scales, faces, out,
     counts, pairs, capacity,
@@ -110,7 +110,7 @@ def _nested_gate_up_kernel(
     tl.store(target, inner.to(out.dtype.element_ty), (neurons < I)[:, None] & pairs_in[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity",))
 def _nested_down_kernel(
     x, plane4, plane2, plane1, scales, faces, out, weights_TK,
     counts, pairs, capacity,
@@ -143,7 +143,7 @@ def _field(plane, at, J: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
     return (byte >> (at // J * WIDTH)) & (2**WIDTH - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_face",))
 def _decode_kernel(
     plane4, plane2, plane1, scales, faces, counts, out, first_face,
     R: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,

@@ -41,7 +41,7 @@ def _sum_parts(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slot_T",))
 def _add_norm_kernel(
     residual, parts, rows, shares, weight, slot_T, out, slot_stride, eps,
     P: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, GATHERED: tl.constexpr,
@@ -111,7 +111,9 @@ def find_tile(counts, number, F: tl.constexpr, TOKENS: tl.constexpr):
     return face, (number - before) * TOKENS, count
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("capacity",), do_not_specialize_on_alignment=("slot_T", "variant_T", "faces")
+)
 def _route_kernel(
     residual, parts, norm, router, slot_T, variant_T, faces, out,
     counts, pairs, weights,
@@ -202,7 +204,7 @@ def route(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity", "first", "first_row"))
 def _order_kernel(
     counts, pairs, ends, token_M, row_M, capacity, first, first_row,
     F: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,

@@ -20,7 +20,7 @@ from moeruntime.kernels.shapes import Shape
 __all__ = ["project"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_tiles",))
 def _project_kernel(
     x, weight, out, tiles, slot_stride, num_tiles,
     I: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,

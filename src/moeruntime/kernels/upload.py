@@ -16,11 +16,12 @@ from torch import Tensor
 
 __all__ = ["Uploader", "uploader"]
 
-NUM_STAGES = 8
+NUM_STAGES = 16
 BLOCK = 1024
 
 
-@triton.jit
+# Here and in other kernels: what differs from step to step must not be compiled for anew each time.
+@triton.jit(do_not_specialize=("num_columns", "target_stride"))
 def _copy_kernel(source, target, num_columns, target_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

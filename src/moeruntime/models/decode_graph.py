@@ -73,6 +73,11 @@ class DecodeGraphs:
         self._steps[self._size(num_rows)].graph.replay()
         return self.buffers.logits[:num_rows], self.buffers.inputs[0, :num_rows]
 
+    def capture_all(self) -> None:
+        """Capture the graphs that no step has needed yet; memory is shared, so largest first."""
+        for size in reversed(self._sizes):
+            self._step(size)
+
     def _size(self, num_rows: int) -> int:
         """What a batch of so many rows is filled up to."""
         return next(size for size in self._sizes if size >= num_rows)

@@ -34,7 +34,7 @@ from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
-from moeruntime.models.decode_buffers import decoded_numel
+from moeruntime.models.decode_buffers import FEW_PAIRS, decoded_numel
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
 
@@ -42,9 +42,6 @@ __all__ = ["FusedDecoder"]
 
 MANY = Shape(rows=64, step=64, tokens=64)
 """How experts are cut for a step of many tokens, where no library product serves."""
-
-FEW_PAIRS = 512
-"""So many (token, choice) pairs go through the kernels of decode; more are worth decoding for."""
 
 
 class FusedDecoder:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from moeruntime.engine import Engine
 from moeruntime.errors import MoecError
 from moeruntime.qos import FairShare
-from moeruntime.request import Delta, Request, SamplingParams
+from moeruntime.request import Delta, Request
 from moeruntime.server.logs import LOG
+from moeruntime.warmup import warm_up
 
 __all__ = ["EngineLoop", "Job", "Snapshot", "VariantState"]
 
@@ -113,7 +114,7 @@ class EngineLoop:
     def _main(self) -> None:
         try:
             with self._open_engine(self._waiting) as engine:
-                _warm_up(engine)
+                warm_up(engine)  # nothing that is broken is called ready
                 self._waiting.forget()
                 self._note_state(engine)
                 self._call(self.ready.set)
@@ -214,10 +215,3 @@ class EngineLoop:
 def _put(events: Sequence[tuple[Job, Event]]) -> None:
     for job, event in events:
         job.events.put_nowait((job.choice, event))
-
-
-def _warm_up(engine: Engine) -> None:
-    """A token from every variant: nothing that is broken is called ready."""
-    once = SamplingParams(max_tokens=1)
-    names = engine.source.manifest.variant_names
-    engine.generate([Request(name, [0], once) for name in names])

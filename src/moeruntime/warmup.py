@@ -1,0 +1,31 @@
+"""What an engine does once, done before anybody waits for it."""
+
+from __future__ import annotations
+
+from moeruntime.engine import Engine
+from moeruntime.kv_cache import BLOCK_TOKENS
+from moeruntime.models.decode_buffers import FEW_PAIRS
+from moeruntime.request import Request, SamplingParams
+
+__all__ = ["warm_up"]
+
+
+def warm_up(engine: Engine) -> None:
+    """Bring a token out of every variant; on CUDA compile the kernels and capture the graphs, too.
+
+    Kernels and graphs are otherwise made when a step first needs them, which takes up to seconds
+    while its requests wait. The engine must be idle, and is so afterwards.
+    """
+    names = engine.source.manifest.variant_names
+    once = SamplingParams(max_tokens=1)
+    engine.generate([Request(name, [0], once) for name in names])
+    if engine.graphs is None:
+        return
+    engine.graphs.capture_all()
+    config = engine.source.manifest.config
+    sampled = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=1)
+    few = 2
+    room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
+    many = min(FEW_PAIRS // config.top_k + 1, room)
+    for length in (few, many):
+        engine.generate([Request(name, [0] * length, sampled) for name in names])

@@ -1,0 +1,61 @@
+"""After the warm-up nobody waits for a compiler or for a graph to be captured."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from moeruntime import Engine, Request, SamplingParams
+from moeruntime.synthetic import SyntheticSource
+from moeruntime.warmup import warm_up
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("code", ["bf16", "4+2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nothing_is_compiled_or_captured_once_warm(
+    monkeypatch: pytest.MonkeyPatch, code: str, dtype: str
+) -> None:
+    import triton
+
+    source = SyntheticSource("mixtral-mini", num_variants=3, code=code)
+    with Engine(source, device="cuda", dtype=dtype, max_sequences=24) as engine:
+        warm_up(engine)
+        assert engine.graphs is not None
+        assert engine.scheduler.idle
+
+        compiled: list[str] = []
+
+        def note(**what: Any) -> None:
+            compiled.append(what["repr"])
+
+        def captured(*_: object) -> None:
+            raise AssertionError("a graph is captured")
+
+        monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+        monkeypatch.setattr(torch.cuda, "graph", captured)
+        rng = random.Random(1)
+        vocab_size = source.manifest.config.vocab_size
+        for number in range(150):
+            length = rng.choice([1, 2, 15, 16, 17, 33, 64, 100, 130, 257, 400])
+            prompt = [rng.randrange(vocab_size) for _ in range(length)]
+            params = SamplingParams(
+                max_tokens=rng.randrange(1, 9),
+                temperature=rng.choice([0.0, 0.8]),
+                seed=number,
+                logprobs=rng.choice([None, 2]),
+                ignore_eos=True,
+            )
+            engine.submit(Request(f"v{rng.randrange(3)}", prompt, params))
+            for _ in range(rng.randrange(3)):
+                engine.step()
+        while not engine.scheduler.idle:
+            engine.step()
+        assert compiled == []
