@@ -151,7 +151,7 @@ def _prompt_s(engine: Engine, tokens: int, beside: int) -> float:
     name = engine.source.manifest.variant_names[0]
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     for _ in range(beside):
-        engine.submit(Request(name, _tokens(engine, 4), params))
+        engine.submit(Request(name, _tokens(engine, 256), params))
     for _ in range(12 if beside else 0):
         engine.step()
     synchronize(engine.device)
@@ -360,6 +360,7 @@ def replay(
     served: list[Served] = []
     start_s = time.perf_counter()
     while coming or alive:
+        engine.await_turn()
         now_s = time.perf_counter() - start_s
         while coming and coming[0].at_s <= now_s:
             one = coming.pop(0)
@@ -410,7 +411,7 @@ def flood(engine: Engine, *, seconds: float, sizes: tuple[int, int]) -> dict[str
         ttfts_s = [
             one.ttft_s
             for one in served
-            if one.arrival.variant != flooder and one.arrival.at_s > 5.0
+            if one.arrival.variant != flooder and one.arrival.at_s > 7.0  # the flood is under way
         ]
         found[f"mean_ttft_s_beside_{count}"] = statistics.mean(ttfts_s)
         found[f"p99_ttft_s_beside_{count}"] = percentile(ttfts_s, 0.99)

@@ -20,7 +20,8 @@ from moeconsolidate.original import CheckpointSource
 from moeconsolidate.pairs import Pair, encode_pairs, read_pairs
 from moeconsolidate.plan import OnProgress, Progress
 from moeconsolidate.texts import read_texts
-from moeruntime.engine import Engine, EngineOptions
+from moeruntime.engine import Engine
+from moeruntime.engine_options import EngineOptions
 from moeruntime.errors import InputError
 from moeruntime.pack import Pack
 

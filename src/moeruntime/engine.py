@@ -11,11 +11,16 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypedDict, Unpack
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor
 
+from moeruntime.engine_options import (
+    DEFAULT_MAX_SEQUENCES,
+    DEFAULT_MAX_STEP_TOKENS,
+    EngineOptions,
+)
 from moeruntime.errors import UsageError
 from moeruntime.kv_cache import BlockPool, KVCache
 from moeruntime.loader import Loader
@@ -35,25 +40,7 @@ from moeruntime.sequence import Sequence as TokenSequence
 from moeruntime.text import TextStream, VariantText
 from moeruntime.waiting import WaitingRoom
 
-__all__ = ["Engine", "EngineOptions"]
-
-DEFAULT_MAX_SEQUENCES = 32
-DEFAULT_MAX_STEP_TOKENS = 2048
-
-
-class EngineOptions(TypedDict, total=False):
-    """The keyword arguments of `Engine`, for those who pass them on."""
-
-    device: str
-    dtype: str
-    resident: int | None
-    max_sequences: int
-    max_step_tokens: int
-    cache_bytes: int | None
-    kept_layers: int | None
-    prefix_cache: bool
-    waiting: WaitingRoom | None
-    on_progress: Callable[[str], None] | None
+__all__ = ["Engine"]
 
 
 @dataclass(slots=True)
@@ -245,6 +232,15 @@ class Engine:
         if live is not None:
             self.scheduler.remove(live.sequence)
         self._kept = [delta for delta in self._kept if delta.request_id != request_id]
+
+    def await_turn(self) -> None:
+        """Sleep while a step runs on the device, until shortly before the next must be launched.
+
+        For a caller whose requests come from elsewhere: those it submits between this and `step`
+        are in time for the step that follows, and those it submits later wait for one more.
+        """
+        if self._ahead is not None:
+            self._ahead.rest()
 
     def step(self) -> list[Delta]:
         """Run one step over everything that can run.

@@ -11,6 +11,8 @@ requests decode in.
   1995, without its fixed requests.)
 - **Deadlines.** Of those eligible, the earliest deadline goes first; inside a variant that is the
   order of arrival.
+- **Steps.** Prompts that share a step with decodes are cut to what the tightest TPOT allows, but
+  for those of eligible variants, up to `URGENT_PROMPT_TOKENS`: a flood's prompts hold nobody up.
 - **Places kept free.** Nothing that runs is preempted, so a flood must not get every place in the
   batch, nor every cache block. A variant may always have its share by weight; beyond it, only what
   others do not look like using: of every other variant, `HEADROOM` times as many places are kept
@@ -49,6 +51,10 @@ MEMORY_S = 30.0
 
 MIN_PROMPT_TOKENS = 256
 """A step takes at least so many prompt tokens, however tight the targets: prompts must get on."""
+
+URGENT_PROMPT_TOKENS = 1024
+"""So many tokens of prompts of variants that are not ahead of the others may stretch a step: the
+first token is waited for, and a decode that is late once makes its average little worse."""
 
 MIN_TIMES_PASSED = 4
 """Who finds no slot is passed so often even if late, or an activation would serve one request."""
@@ -281,13 +287,19 @@ class FairShare:
             late and seq.times_passed >= MIN_TIMES_PASSED
         ) or seq.times_passed >= MAX_TIMES_PASSED
 
-    def prompt_tokens(self, decoding: Sequence[TokenSequence]) -> int | None:
-        """What keeps the step within the tightest time per token of those that decode."""
+    def prompt_tokens(
+        self, decoding: Sequence[TokenSequence], prompts: Sequence[TokenSequence]
+    ) -> int | None:
+        """What keeps the step within the tightest time per token of those that decode.
+
+        More where the prompts are of variants whose turn it is.
+        """
         if not decoding:
             return None
+        urgent = sum(seq.num_pending for seq in prompts if self._ahead_s(seq) <= LAG_S)
         tightest_s = min(self._tenants[seq.variant].targets.tpot_s for seq in decoding)
         fitting = self.cost.prompt_tokens_within(tightest_s, len(decoding))
-        return max(MIN_PROMPT_TOKENS, fitting)
+        return max(MIN_PROMPT_TOKENS, fitting, min(urgent, URGENT_PROMPT_TOKENS))
 
     def order_prompts(self, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
         """Most urgent first."""

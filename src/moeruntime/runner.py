@@ -19,6 +19,7 @@ from moeruntime.kv_cache import blocks_for
 from moeruntime.logprobs import ROWS, PendingLogprobs, logprobs_of, wanted_logprobs
 from moeruntime.models import Batch, Decoder, EncoderDecoder
 from moeruntime.models.batch import Span, token_groups
+from moeruntime.pace import Pace
 from moeruntime.request import TokenLogprobs
 from moeruntime.residency import Residency
 from moeruntime.sampler import resample
@@ -45,12 +46,19 @@ class Launched:
     repeats: bool
     _tokens: Tensor
     _arrived: torch.cuda.Event | None
+    _pace: Pace
     _logprobs: PendingLogprobs | None = None
+
+    def rest(self) -> None:
+        """Sleep until shortly before its tokens are there, if the one before has ended."""
+        if self._arrived is not None:
+            self._pace.rest(self._arrived.query)
 
     def wait(self) -> list[int]:
         """The token chosen for each sequence."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        self._pace.ended()
         return [int(token) for token in self._tokens.tolist()]
 
     def logprobs(self) -> list[TokenLogprobs | None]:
@@ -75,6 +83,7 @@ class Runner:
         self._residency = residency
         self._variant_idx = variant_idx
         self.device = device
+        self._pace = Pace()
 
     def span(
         self,
@@ -97,6 +106,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk]) -> Launched:
         """Run a step; its sequences' `num_cached` moves on once it is launched."""
+        self._pace.broken()
         # The kernels want each variant's tokens side by side.
         chunks = sorted(chunks, key=lambda chunk: self._residency.slot(chunk.sequence.variant))
         variants = {chunk.sequence.variant for chunk in chunks}
@@ -125,7 +135,7 @@ class Runner:
         _move_on(chunks)
         rows = [row for row, is_last in zip(batch.last_rows, last, strict=True) if is_last]
         if not rows:
-            return Launched((), False, torch.empty(0), None)
+            return Launched((), False, torch.empty(0), None, self._pace)
         groups = token_groups([self._residency.slot(s.variant) for s in sequences])
         picked = to_device(torch.tensor(rows), self.device)
         logits_NV = self.model.logits(hidden_TH[picked], groups)
@@ -162,12 +172,12 @@ class Runner:
         resample(tokens_N, logits_NV, params, [sequence.uniform() for sequence in sequences])
         logprobs = wanted_logprobs(logits_NV, tokens_N, params)
         if self.device.type != "cuda":
-            return Launched(sequences, repeats, tokens_N, None, logprobs)
+            return Launched(sequences, repeats, tokens_N, None, self._pace, logprobs)
         arrived = torch.cuda.Event()
         tokens = torch.empty(len(sequences), dtype=torch.int64, pin_memory=True)
         tokens.copy_(tokens_N, non_blocking=True)
         arrived.record(torch.cuda.current_stream(self.device))
-        return Launched(sequences, repeats, tokens, arrived, logprobs)
+        return Launched(sequences, repeats, tokens, arrived, self._pace, logprobs)
 
     def _look_at_prompts(self, chunks: Sequence[Chunk], batch: Batch, hidden_TH: Tensor) -> None:
         """Note what the model thinks of the prompts of those that ask; waits for the device."""

@@ -136,7 +136,7 @@ class Scheduler:
         decoding = [seq for seq in runnable if seq.num_pending == 1 and not seq.num_unread]
         prompts = [seq for seq in runnable if seq.num_pending > 1 or seq.num_unread]
         budget = self._max_step_tokens - len(decoding)
-        prompt_tokens = self.waiting.prompt_tokens(decoding)
+        prompt_tokens = self.waiting.prompt_tokens(decoding, prompts)
         budget = budget if prompt_tokens is None else min(budget, prompt_tokens)
         chunks = [Chunk(seq, 1) for seq in decoding]
         reads = False

@@ -69,8 +69,10 @@ class WaitingRoom(Protocol):
         """Whether one that finds no slot has been passed long enough: nobody passes it now."""
         ...
 
-    def prompt_tokens(self, decoding: Sequence[TokenSequence]) -> int | None:
-        """Most prompt tokens in a step in which these decode; None leaves it to the step."""
+    def prompt_tokens(
+        self, decoding: Sequence[TokenSequence], prompts: Sequence[TokenSequence]
+    ) -> int | None:
+        """Most tokens of these prompts beside those that decode; None leaves it to the step."""
         ...
 
     def order_prompts(self, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
@@ -124,7 +126,9 @@ class ArrivalOrder:
         """After so many who came later."""
         return seq.times_passed >= MAX_TIMES_PASSED
 
-    def prompt_tokens(self, decoding: Sequence[TokenSequence]) -> int | None:
+    def prompt_tokens(
+        self, decoding: Sequence[TokenSequence], prompts: Sequence[TokenSequence]
+    ) -> int | None:
         """Whatever the step has room for."""
         return None
 

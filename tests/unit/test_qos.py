@@ -293,3 +293,20 @@ def test_no_file_and_no_variant_are_refused(tmp_path: Path) -> None:
         read_targets(tmp_path / "none", VARIANTS)
     with pytest.raises(UsageError):
         FairShare({})
+
+
+def test_prompts_of_those_ahead_are_cut_and_those_of_others_are_not() -> None:
+    """Of a variant that had its share only what fits the step; of one whose turn it is, all."""
+    clock = Clock()
+    waiting = fair(clock)
+    waiting.bind(64, 1 << 12)
+    long = SamplingParams(max_tokens=8)
+    decoding = [Sequence(0, "d", range(8), long)]
+    of_flood, of_other = Sequence(1, "d", range(900), long), Sequence(2, "a", range(900), long)
+    for seq in (*decoding, of_flood, of_other):
+        waiting.add(seq)
+    waiting.ran(decoding * 400, 0)  # d has run, a has not
+    within = waiting.prompt_tokens(decoding, [of_flood])
+    assert within is not None and within < 900
+    assert waiting.prompt_tokens(decoding, [of_flood, of_other]) == 900
+    assert waiting.prompt_tokens([], [of_flood]) is None

@@ -131,6 +131,7 @@ class EngineLoop:
 
     def _serve(self, engine: Engine) -> None:
         while True:
+            engine.await_turn()
             if not self._read_notes(engine):
                 return
             start_s = time.perf_counter()
