@@ -105,14 +105,15 @@ def _compare(
     for window, before, after in zip(windows, befores, afters, strict=True):
         before_TH, targets_N = predictions(before, window)
         after_TH, _ = predictions(after, window)
-        before_TV = to_logits(before_TH).log_softmax(dim=-1)
-        after_TV = to_logits(after_TH).log_softmax(dim=-1)
+        # In float64: a divergence is a small difference of large terms, and never below zero.
+        before_TV = to_logits(before_TH).double().log_softmax(dim=-1)
+        after_TV = to_logits(after_TH).double().log_softmax(dim=-1)
         rows = torch.arange(len(targets_N)), targets_N
         gained = before_TV[rows] - after_TV[rows]
         increases.append(gained.mean())
         divergences.append((before_TV.exp() * (before_TV - after_TV)).sum(dim=-1).mean())
-    increase_W = torch.stack(increases).double()
+    increase_W = torch.stack(increases)
     error = increase_W.std(correction=1) / len(increase_W) ** 0.5 if len(increase_W) > 1 else 1.0
     return MeasuredLoss(
-        float(increase_W.mean()), float(error), float(torch.stack(divergences).mean())
+        float(increase_W.mean()), float(error), max(float(torch.stack(divergences).mean()), 0.0)
     )

@@ -306,7 +306,9 @@ def _ratios(measured: Sequence[MeasuredLoss], predicted: Sequence[float]) -> lis
     of prediction and measurement): text that was trained on overstates what is lost on other text.
     """
     total_kl = sum(one.kl for one in measured)
-    per_kl = max(sum(one.nll_increase for one in measured), 0.1 * total_kl) / max(total_kl, 1e-30)
+    if total_kl == 0.0:  # nothing to be seen, so nothing to correct
+        return [1.0] * len(measured)
+    per_kl = max(sum(one.nll_increase for one in measured), 0.1 * total_kl) / total_kl
     ratios = []
     for one, loss in zip(measured, predicted, strict=True):
         expected = max(per_kl * one.kl, 1e-30)
