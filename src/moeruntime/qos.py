@@ -11,8 +11,9 @@ requests decode in.
   1995, without its fixed requests.)
 - **Deadlines.** Of those eligible, the earliest deadline goes first; inside a variant that is the
   order of arrival.
-- **Steps.** Prompts that share a step with decodes are cut to what the tightest TPOT allows, but
-  for those of eligible variants, up to `URGENT_PROMPT_TOKENS`: a flood's prompts hold nobody up.
+- **Steps.** While those that decode have been within their TPOT on average, prompts may stretch a
+  step, up to `URGENT_PROMPT_TOKENS`. Beyond that, and for variants far ahead of the others, they
+  are cut to what the tightest TPOT allows: a flood's prompts hold nobody up.
 - **Places kept free.** Nothing that runs is preempted, so a flood must not get every place in the
   batch, nor every cache block. A variant may always have its share by weight; beyond it, only what
   others do not look like using: of every other variant, `HEADROOM` times as many places are kept
@@ -53,8 +54,15 @@ MIN_PROMPT_TOKENS = 256
 """A step takes at least so many prompt tokens, however tight the targets: prompts must get on."""
 
 URGENT_PROMPT_TOKENS = 1024
-"""So many tokens of prompts of variants that are not ahead of the others may stretch a step: the
-first token is waited for, and a decode that is late once makes its average little worse."""
+"""So many tokens of prompts may stretch a step: the first token is waited for, and a decode that is
+late once makes its average little worse."""
+
+URGENT_LAG_S = 1.0
+"""Not those of a variant that had so much more device time than the least served: it floods. Among
+equals that much comes and goes, and to batch their prompts serves all."""
+
+STEPS_REMEMBERED = 32
+"""A variant's time per token is averaged over about so many steps."""
 
 MIN_TIMES_PASSED = 4
 """Who finds no slot is passed so often even if late, or an activation would serve one request."""
@@ -139,6 +147,7 @@ class _Tenant:
     Attributes:
         virtual_s: device time given over weight.
         num_running, num_blocks: places in the batch and cache blocks it has.
+        step_s: what the steps that it decodes in took lately, on average.
         peak: requests at once lately, fading.
         seen_s: when `peak` was true.
     """
@@ -148,6 +157,7 @@ class _Tenant:
     virtual_s: float = 0.0
     num_running: int = 0
     num_blocks: int = 0
+    step_s: float = 0.0
     peak: float = 0.0
     seen_s: float = 0.0
 
@@ -184,6 +194,7 @@ class FairShare:
         self._clock = clock
         self._max_sequences = self._num_blocks = 0
         self._last_step = (0, 0)
+        self._decoded: set[str] = set()
 
     @property
     def cost(self) -> StepCost:
@@ -193,11 +204,14 @@ class FairShare:
     def observe(self, elapsed_s: float) -> None:
         """The step last put together took this long."""
         self._cost.observe(*self._last_step, elapsed_s)
+        for name in self._decoded:
+            tenant = self._tenants[name]
+            tenant.step_s += (elapsed_s - tenant.step_s) / STEPS_REMEMBERED
 
     def forget(self) -> None:
         """Nobody has asked for anything yet: what came before, as a warm-up, does not count."""
         for tenant in self._tenants.values():
-            tenant.virtual_s = tenant.peak = 0.0
+            tenant.virtual_s = tenant.peak = tenant.step_s = 0.0
 
     @property
     def num_blocks(self) -> int:
@@ -247,6 +261,7 @@ class FairShare:
     def ran(self, decoded: Sequence[TokenSequence], num_prompt_tokens: int) -> None:
         """Charge each variant for its tokens, and all that decode for the step in equal parts."""
         self._last_step = (len(decoded), num_prompt_tokens)
+        self._decoded = {seq.variant for seq in decoded}
         if not decoded:
             return
         each_s = self.cost.decode_s + self.cost.base_s / len(decoded)
@@ -290,15 +305,16 @@ class FairShare:
     def prompt_tokens(
         self, decoding: Sequence[TokenSequence], prompts: Sequence[TokenSequence]
     ) -> int | None:
-        """What keeps the step within the tightest time per token of those that decode.
-
-        More where the prompts are of variants whose turn it is.
-        """
+        """What keeps those that decode within their time per token, on average."""
         if not decoding:
             return None
-        urgent = sum(seq.num_pending for seq in prompts if self._ahead_s(seq) <= LAG_S)
-        tightest_s = min(self._tenants[seq.variant].targets.tpot_s for seq in decoding)
-        fitting = self.cost.prompt_tokens_within(tightest_s, len(decoding))
+        tenants = [self._tenants[seq.variant] for seq in decoding]
+        fitting = self.cost.prompt_tokens_within(
+            min(one.targets.tpot_s for one in tenants), len(decoding)
+        )
+        urgent = 0
+        if all(one.step_s <= one.targets.tpot_s for one in tenants):
+            urgent = sum(seq.num_pending for seq in prompts if self._ahead_s(seq) <= URGENT_LAG_S)
         return max(MIN_PROMPT_TOKENS, fitting, min(urgent, URGENT_PROMPT_TOKENS))
 
     def order_prompts(self, prompts: Sequence[TokenSequence]) -> list[TokenSequence]:
