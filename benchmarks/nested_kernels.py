@@ -25,6 +25,7 @@ from moeruntime.kernels.face_parts import GROUP, ByteRows, Cut, FacePart
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")
 CUTS = [Cut(tiles, turns) for tiles in (1, 2, 4) for turns in (1, 4)]
+CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)]
 
 
 def make_part(
@@ -61,6 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)  # how evenly experts are met decides much
     bandwidth = read_bandwidth()
+    hopper = torch.cuda.get_device_capability() == (9, 0)
     print(f"{torch.cuda.get_device_name()}: read {bandwidth / 1e12:.2f} TB/s")
     results: list[dict[str, object]] = []
     for code in arguments.code:
@@ -85,8 +87,10 @@ def main() -> None:
                 out = torch.empty(batch * K, 1, H, device=DEVICE)
                 scratch = ByteRows(batch, K, H, I, DEVICE)
                 best: list[tuple[float, Cut]] = []
-                chosen = Cut.of(batch * K, num_faces)
-                for cut in dict.fromkeys([chosen, *CUTS]):
+                chosen = Cut.of(batch * K, num_faces, hopper=hopper)
+                for cut in dict.fromkeys(
+                    [chosen, *(one for one in CUTS if hopper or not one.many)]
+                ):
                     if batch * K / num_faces > 16 * cut.tokens:
                         continue
 
@@ -111,7 +115,10 @@ def main() -> None:
                 print(
                     f"{code} {variants} variants batch {batch:<4} floor {floor_us:6.1f} us, chosen "
                     f"{mine * 1e6:6.1f}; "
-                    + "; ".join(f"{c.tiles}/{c.turns} {s * 1e6:.1f}" for s, c in best[:5])
+                    + "; ".join(
+                        f"{c.tiles}/{'many' if c.many else c.turns} {s * 1e6:.1f}"
+                        for s, c in best[:6]
+                    )
                 )
             del alive, alive_too
     print_json({"benchmark": "nested_kernels", "read_tb_s": bandwidth / 1e12, "rows": results})

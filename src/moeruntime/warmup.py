@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moeruntime.engine import Engine
+from moeruntime.kernels.nested_fast import most_pairs
 from moeruntime.kv_cache import BLOCK_TOKENS
-from moeruntime.models.decode_buffers import FEW_PAIRS
 from moeruntime.request import Request, SamplingParams
 
 __all__ = ["warm_up"]
@@ -26,6 +26,6 @@ def warm_up(engine: Engine) -> None:
     sampled = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=1)
     few = 2
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
-    many = min(FEW_PAIRS // config.top_k + 1, room)
-    for length in (few, many):
+    most = most_pairs(engine.device) // config.top_k  # and one more is decoded for
+    for length in (few, min(most, room), min(most + 1, room)):
         engine.generate([Request(name, [0] * length, sampled) for name in names])

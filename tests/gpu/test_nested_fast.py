@@ -39,7 +39,11 @@ THREES = [
     (2, PrivateCode(2, 3)),
 ]
 ALONE = [(slot, PrivateCode(2, 2)) for slot in range(SLOTS)]
-CUTS = [None, *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2)))]
+CUTS = [
+    None,
+    *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2))),
+    *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
+]
 
 
 def make_part(
@@ -84,7 +88,9 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize(
+    "cut", CUTS, ids=lambda cut: f"many{cut.tiles}" if cut and cut.many else str(cut)
+)
 @pytest.mark.parametrize("num_tokens", [1, 9, 40, 150])
 @pytest.mark.parametrize("faces", [MIXED, THREES, ALONE], ids=["mixed", "threes", "alone"])
 def test_every_pair_is_what_decoding_first_gives(

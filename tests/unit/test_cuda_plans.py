@@ -11,7 +11,7 @@ import torch
 
 from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import MAX_FACES, is_fast
+from moeruntime.kernels.face_parts import MAX_FACES, Cut, is_fast
 from moeruntime.kernels.shapes import tile_rows
 from moeruntime.models.decode_buffers import BATCH_SIZES, StepShapes, batch_sizes
 
@@ -34,6 +34,20 @@ def test_an_engine_on_a_cpu_needs_no_triton() -> None:
         [sys.executable, "-c", NO_TRITON], capture_output=True, text=True, check=False
     )
     assert done.stdout == "ran\n", done.stderr
+
+
+# -- cuts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_faces", [8, 32])
+@pytest.mark.parametrize("hopper", [False, True])
+def test_a_step_is_cut_by_how_many_tokens_a_face_has(num_faces: int, hopper: bool) -> None:
+    cuts = [Cut.of(2 * batch, num_faces, hopper=hopper) for batch in BATCH_SIZES]
+    assert not cuts[0].many, "one token"
+    assert cuts[-1].many == hopper
+    for cut, batch in zip(cuts, BATCH_SIZES, strict=True):
+        assert cut.tiles in ((2, 4, 8, 12) if cut.many else (1, 2, 4))
+        assert cut.tokens * 8 >= 2 * batch / num_faces, "a face has few programs"
 
 
 # -- tiles -----------------------------------------------------------------------------------------

@@ -15,10 +15,23 @@ from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode
 
-__all__ = ["GROUP", "ROWS", "ByteRows", "Cut", "FacePart", "is_fast"]
+__all__ = [
+    "GROUP",
+    "MANY_ROWS",
+    "MANY_THREADS",
+    "ROWS",
+    "WARPS",
+    "ByteRows",
+    "Cut",
+    "FacePart",
+    "is_fast",
+]
 
 WARPS, ROWS = 4, 32
 """Warps of a program of `nested_fast.cu`, and rows of weights that it takes at a turn."""
+
+MANY_THREADS, MANY_ROWS = 384, 128
+"""Threads of a program of `nested_many.cu`, and rows that it takes at a time."""
 
 GROUP = 128
 """Columns that have one scale, as the kernel wants it."""
@@ -28,6 +41,10 @@ MAX_FACES = 128
 
 MAX_TURNS = 8
 """That a program of gate_up takes."""
+
+FEW_A_FACE = 3
+"""Tokens of a face, on average over all faces, from which on a Hopper device takes
+`nested_many.cu`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +82,18 @@ def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateC
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How `nested_fast.cu` cuts a step.
+    """How a step is cut into programs.
 
     Attributes:
         tiles: of four tokens, that a program has at most.
         turns: that a program of gate_up takes, one run of rows after another.
+        many: `nested_many.cu`, for which tiles are 2, 4, 8 or 12 and turns 1, in place of
+            `nested_fast.cu`, for which they are 1, 2 or 4.
     """
 
     tiles: int
-    turns: int
+    turns: int = 1
+    many: bool = False
 
     @property
     def tokens(self) -> int:
@@ -81,9 +101,12 @@ class Cut:
         return 4 * self.tiles
 
     @classmethod
-    def of(cls, num_pairs: int, num_faces: int) -> Cut:
+    def of(cls, num_pairs: int, num_faces: int, *, hopper: bool) -> Cut:
         """What was measured to be best on an H200 at the sizes of Mixtral-8x7B."""
         a_face = num_pairs / num_faces
+        # All tokens may be of one variant: then there are many for each of its faces.
+        if hopper and a_face >= FEW_A_FACE:
+            return cls(12 if 24 < a_face <= 48 else 8, many=True)
         tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
         turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
         return cls(tiles, turns)

@@ -38,7 +38,7 @@ struct Unit { // tokens of one face
     i64 at4, at2, at1;
     int slot, bits, step;
     int first, tokens; // in `pairs`, and how many from there on: 0 where there is no work
-    int unused;
+    int units;         // of the first one: how many there are
 };
 
 constexpr int GROUP = 128, MOST_FACES = 128;
@@ -48,7 +48,7 @@ constexpr int GROUP = 128, MOST_FACES = 128;
 extern "C" __global__ void __launch_bounds__(MOST_FACES)
     halves(const float *__restrict__ x, i8 *__restrict__ out, float2 *__restrict__ groups, int num_groups,
            int groups_a_row, const Face *__restrict__ faces, const int *__restrict__ counts, int num_faces,
-           Unit *__restrict__ units, int num_units, int tokens, int capacity) {
+           Unit *__restrict__ units, int num_units, int tokens, int capacity, int transposed) {
     const int thread = threadIdx.x, lane = thread & 31;
     if (blockIdx.x + 1 < gridDim.x) {
         const int group = blockIdx.x * (MOST_FACES / 32) + (thread >> 5);
@@ -72,8 +72,9 @@ extern "C" __global__ void __launch_bounds__(MOST_FACES)
         for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
         const int row = group / groups_a_row, at = group % groups_a_row;
         u32 *const to = (u32 *)(out + (2 * row * (i64)groups_a_row + at) * GROUP);
-        to[lane] = high;
-        to[groups_a_row * (GROUP / 4) + lane] = low;
+        const int word = transposed ? (lane & 16) | (lane & 3) << 2 | (lane >> 2 & 3) : lane;
+        to[word] = high;
+        to[groups_a_row * (GROUP / 4) + word] = low;
         const float one = most / limit;
         if (lane == 0) groups[group] = make_float2(one, one * (float)sum);
         return;
@@ -89,6 +90,8 @@ extern "C" __global__ void __launch_bounds__(MOST_FACES)
     for (int first = 0; first < count && at < num_units; first += tokens, at++)
         units[at] = {face.at4,       face.at2,       face.at1, (int)face.slot,
                      (int)face.bits, (int)face.step, thread * capacity + first, min(tokens, count - first)};
+    __syncthreads();
+    if (thread == MOST_FACES - 1) units[0].units = min(at, num_units); // after all faces' units
 }
 
 #ifdef TILES

@@ -1,23 +1,46 @@
-"""The experts of a step over nested codes, at the speed of their bytes: `nested_fast.cu`.
+"""The experts of a step over nested codes, at the speed of their bytes.
 
-For the codes and shapes of real models (`is_fast`); `nested` serves all others. Activations go in
-and out as float32; inside they are integers of 15 bits, in groups with a scale each.
+`nested_fast.cu` serves few tokens of a face, `nested_many.cu` many, on a Hopper device. For the
+codes and shapes of real models (`is_fast`); `nested` serves all others. Activations go in and out
+as float32; inside they are integers of 15 bits, in groups with a scale each.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
-from moeruntime.kernels.face_parts import GROUP, ROWS, WARPS, ByteRows, Cut, FacePart
+from moeruntime.kernels.face_parts import (
+    GROUP,
+    MANY_ROWS,
+    MANY_THREADS,
+    ROWS,
+    WARPS,
+    ByteRows,
+    Cut,
+    FacePart,
+)
 from moeruntime.kernels.nvrtc import compile_kernel
 
-__all__ = ["down", "gate_up"]
+__all__ = ["down", "gate_up", "most_pairs"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
+MANY_SOURCE = SOURCE.with_name("nested_many.cu")
+
+BARRIER_BYTES = 16
+MIN_STAGES, MAX_STAGES = 2, 4
+MAX_SHARED_BYTES = 227 * 1024
+"""That a program may have on a Hopper device."""
+
+
+def most_pairs(device: torch.device) -> int:
+    """For a step of more (token, choice) pairs it is faster to decode its experts first."""
+    return 2048 if _device(device)[1] else 512
 
 
 def gate_up(
@@ -63,7 +86,8 @@ def _launch(
 ) -> None:
     assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
     num_faces = len(part.faces_F6)
-    cut = cut or Cut.of(num_pairs, num_faces)
+    num_multiprocessors, hopper = _device(x.device)
+    cut = _fitting(part, cut or Cut.of(num_pairs, num_faces, hopper=hopper))
     num_units = lists.num_tiles(num_pairs, cut.tokens)
     num_groups = x.numel() // GROUP
     compile_kernel(SOURCE, "halves", ())(
@@ -72,27 +96,38 @@ def _launch(
         (
             x, scratch.values, scratch.groups, num_groups, part.num_columns // GROUP,
             part.faces_F6, lists.counts_LF[layer], num_faces,
-            scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2],
+            scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2], int(cut.many),
         ),
         shared_bytes=0,
     )  # fmt: skip
-    turns = cut.turns if is_gate_up else 1
     defines = {
         "GATE_UP": int(is_gate_up),
         "TILES": cut.tiles,
         "PLANES": part.num_planes,
         "WIDE": int(part.wide),
     }
+    arguments = (
+        scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
+        lists.pairs_LFC[layer], scratch.units, lists.weights_TK, out,
+        part.num_rows, part.num_columns, lists.weights_TK.shape[1],
+    )  # fmt: skip
+    if cut.many:
+        stages, shared_bytes = _ring(part, cut)
+        most_work = num_units * (part.num_rows // MANY_ROWS)
+        compile_kernel(MANY_SOURCE, "nested_many", (*defines.items(), ("STAGES", stages)))(
+            (min(most_work, num_multiprocessors), 1, 1),
+            MANY_THREADS,
+            arguments,
+            shared_bytes=shared_bytes,
+        )
+        return
+    turns = cut.turns if is_gate_up else 1
     compile_kernel(SOURCE, "nested", tuple(defines.items()))(
         (num_units, part.num_rows // (ROWS * turns), 1),
         32 * WARPS,
-        (
-            scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
-            lists.pairs_LFC[layer], scratch.units, lists.weights_TK, out,
-            part.num_rows, part.num_columns, lists.weights_TK.shape[1], turns,
-        ),
+        (*arguments, turns),
         shared_bytes=_shared_bytes(part, cut, turns),
-    )  # fmt: skip
+    )
 
 
 def _shared_bytes(part: FacePart, cut: Cut, turns: int) -> int:
@@ -102,3 +137,27 @@ def _shared_bytes(part: FacePart, cut: Cut, turns: int) -> int:
     scales = ROWS * (2 * part.num_columns // GROUP + 16)
     sums = 4 * WARPS * ROWS * (cut.tokens + 1)
     return max(stages + scales, sums) if turns == 1 else stages + 2 * scales + sums
+
+
+def _fitting(part: FacePart, cut: Cut) -> Cut:
+    """With fewer tokens a program, if codes that are wide leave no room for so many."""
+    while cut.many and _ring(part, cut)[0] < MIN_STAGES:
+        cut = replace(cut, tiles=8 if cut.tiles == 12 else cut.tiles // 2)
+    return cut
+
+
+def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
+    """Of a program of `nested_many`: stages of its ring, and shared bytes in all."""
+    own = 0 if part.num_planes == 0 else 2 if part.wide else 1
+    codes = (2 + own + (part.num_planes == 2)) * MANY_ROWS * GROUP
+    stage = codes + 4 * cut.tokens * (2 * GROUP + 8) + BARRIER_BYTES
+    sums = 4 * MANY_ROWS * (cut.tokens + 1)
+    stages = min(MAX_STAGES, (MAX_SHARED_BYTES - sums) // stage)
+    return stages, stages * stage + sums
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, bool]:
+    """How many multiprocessors it has, and whether it is a Hopper device."""
+    found = torch.cuda.get_device_properties(device)
+    return int(found.multi_processor_count), (found.major, found.minor) == (9, 0)

@@ -21,7 +21,6 @@ from moeruntime.kv_cache import blocks_for
 
 __all__ = [
     "BATCH_SIZES",
-    "FEW_PAIRS",
     "StepBuffers",
     "StepShapes",
     "batch_sizes",
@@ -30,10 +29,6 @@ __all__ = [
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches are filled up to the next of these."""
-
-FEW_PAIRS = 512
-"""So many (token, choice) pairs of a step go through the kernels that take nested codes as they
-are; more are worth decoding for."""
 
 DECODED_BYTES = 2**30
 """Where a step of many tokens meets nested codes, so many bytes of weights are decoded at once."""

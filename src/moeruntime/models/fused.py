@@ -34,7 +34,7 @@ from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
-from moeruntime.models.decode_buffers import FEW_PAIRS, decoded_numel
+from moeruntime.models.decode_buffers import decoded_numel
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
 
@@ -299,7 +299,7 @@ def _library_serves(pool: KernelPool, num_pairs: int, dtype: torch.dtype) -> boo
         return False
     if isinstance(pool, DensePool):
         return True
-    if pool.fast and num_pairs <= FEW_PAIRS:
+    if pool.fast and num_pairs <= nested_fast.most_pairs(pool.gate_up.scale_SRG.device):
         return False
     return nested.can_decode(pool.gate_up) and nested.can_decode(pool.down)
 

@@ -1,0 +1,406 @@
+// The experts of a step over nested codes where many tokens meet, on Hopper's warpgroup products.
+//
+// The same sums as `nested_fast.cu`, whose head says what they are and how codes lie: integers, exact,
+// and one scale for 128 columns. There a warp multiplies 32 rows with 16 tokens at most, and waits for
+// every product; a code is unpacked once for each 16 tokens. Here a block takes 128 rows (of gate_up 64
+// neurons' gate and up rows) and up to 4 TILES tokens of a face. Codes are unpacked into registers, once
+// for all of those tokens, while the products of what was unpacked before run; tokens come from shared
+// memory without passing through registers.
+//
+// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which
+// has fields for both, is read once: with two fields a byte, 4 groups of 128 columns. Each is a batch of
+// four products of 64 rows and 32 columns a warpgroup.
+//
+// There is a block for every multiprocessor. One warpgroup copies steps into a ring, of one piece of work
+// after the other; two multiply, and never wait for each other but to put gate and up together. Tried and
+// no faster: tokens fetched once for a cluster of blocks; two smaller blocks a multiprocessor.
+//
+// Compiled with GATE_UP, TILES (2, 4, 8 or 12), PLANES (private planes that a face has at most: three bits
+// are two), WIDE (somebody has a private plane of 4 bits) and STAGES (of the ring).
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+struct Unit { // as `halves` in nested_fast.cu lists them
+    i64 at4, at2, at1;
+    int slot, bits, step;
+    int first, tokens;
+    int units; // of the first one: how many there are
+};
+
+constexpr int GROUP = 128, ROWS = 128, BATCHES = 4;
+constexpr int COPIERS = 128, WORKERS = 256, WARPS = WORKERS / 32;
+constexpr int MOST_TOKENS = 4 * TILES;
+constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a stage
+constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private plane
+constexpr int TOKENS_AT = RUN * (2 + OWN + (PLANES == 2));
+constexpr int STAGE = TOKENS_AT + BATCHES * 2 * MOST_TOKENS * GROUP; // a multiple of what a descriptor wants
+constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = BATCHES * MOST_TOKENS * 8; // what tokens' integers count
+constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES, SUMS_AT = EMPTY_AT + 8 * STAGES;
+
+__device__ __forceinline__ void copy_ahead(u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ void copy_eight(u32 to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void init_barrier(u32 at, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void arrive_with_copies(u32 at) { // when this thread's copies so far are there
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void await_phase(u32 at, u32 parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;}" ::"r"(at),
+                 "r"(parity)
+                 : "memory");
+}
+__device__ __forceinline__ void await_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
+
+struct Ring { // the stage that is next, and how often the ring went round
+    int stage = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// Rows of a run are 128 bytes apart, which is all banks: every other one has its halves exchanged.
+__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ (row & 1) << 2); }
+
+// Of an operand in shared memory: rows of 128 bytes, 16-byte chunks of eight rows exchanged by their number.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// Tiles of the narrowest program that holds so many tokens.
+__device__ __forceinline__ int tiles_for(int tokens) { return tokens > 32 ? 12 : tokens > 16 ? 8 : tokens > 8 ? 4 : 2; }
+
+// c (+)= rows [64, 32] in registers times tokens' halves [32, 8 T] in shared memory.
+template <int T> struct Product;
+
+#define C4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
+#define REST "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)
+
+template <> struct Product<2> {
+    static __device__ __forceinline__ void start(int (&c)[8], const u32 *a, u64 b, int add) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7},"
+                     "{%8,%9,%10,%11}, %12, p;}"
+                     : C4(0), C4(4)
+                     : REST);
+    }
+};
+template <> struct Product<4> {
+    static __device__ __forceinline__ void start(int (&c)[16], const u32 *a, u64 b, int add) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
+                     "%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p;}"
+                     : C4(0), C4(4), C4(8), C4(12)
+                     : REST);
+    }
+};
+template <> struct Product<8> {
+    static __device__ __forceinline__ void start(int (&c)[32], const u32 *a, u64 b, int add) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
+                     "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                     "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p;}"
+                     : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28)
+                     : REST);
+    }
+};
+
+template <> struct Product<12> {
+    static __device__ __forceinline__ void start(int (&c)[48], const u32 *a, u64 b, int add) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %53, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
+                     "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
+                     "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,"
+                     "%40,%41,%42,%43,%44,%45,%46,%47}, {%48,%49,%50,%51}, %52, p;}"
+                     : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36), C4(40), C4(44)
+                     : REST);
+    }
+};
+
+__device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int OPEN> __device__ __forceinline__ void await_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(OPEN) : "memory");
+}
+// Whoever reads these registers next does so after this.
+template <int COUNT> __device__ __forceinline__ void keep_order(int (&c)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
+}
+
+struct Words { // 16 bytes of row g and of row g + 8, the left and the right half of a group
+    uint4 top[2], bottom[2];
+    __device__ __forceinline__ void load(const u8 *run, int row, int t) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
+            bottom[half] = *(const uint4 *)(run + place_of(row + 8, 4 * half + t));
+        }
+    }
+    // Of product `i / 4`, its register `i % 4`.
+    __device__ __forceinline__ u32 operator[](int i) const {
+        const uint4 &v = i & 1 ? bottom[i >> 3] : top[i >> 3];
+        const int word = i >> 1 & 3;
+        return word == 0 ? v.x : word == 1 ? v.y : word == 2 ? v.z : v.w;
+    }
+};
+
+struct Step { // all that its arguments say
+    const i8 *x;
+    const float2 *groups;
+    const u8 *plane;
+    const u16 *scales;
+    const int *pairs;
+    const float *weights;
+    float *out;
+    int num_rows, num_columns, top_k;
+    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
+    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
+    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
+    // The second 64 rows of a block are so far from the first.
+    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : ROWS / 2; }
+    __device__ __forceinline__ int first_row(int tile) const { return tile * (GATE_UP ? ROWS / 2 : ROWS); }
+    // Which 128 columns a batch of a step is of.
+    __device__ __forceinline__ int group_of(int step, int batch) const {
+        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
+    }
+};
+
+// A copier takes 16 bytes of row `thread / 8` of a run, and of each 16th further down; and of tokens' halves.
+__device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int tile, u32 ring_at, Ring &ring) {
+    constexpr int APART = COPIERS / 8;
+    const int thread = threadIdx.x - WORKERS, chunk = thread & 7, row = thread >> 3;
+    const int bits = unit.bits, J = of.num_columns / 8, tiles = tiles_for(unit.tokens);
+    const int own_runs = bits == 4 ? 4 : bits == 1 ? 1 : 2;
+    const i64 own_row = of.first_row(tile) + row;
+    const u8 *const shared_at = of.plane + ((i64)unit.slot * of.num_rows + own_row) * (4 * J) + 16 * chunk;
+    const u8 *const own_at =
+        (const u8 *)(bits == 4 ? unit.at4 : bits == 1 ? unit.at1 : unit.at2) + own_row * own_runs * J + 16 * chunk;
+    const u8 *const own1_at = (const u8 *)unit.at1 + own_row * J + 16 * chunk;
+    const u32 code_to = ring_at + place_of(row, chunk);
+    auto row_of_pair = [&](int token) {
+        const int pair = of.pairs[unit.first + (token < unit.tokens ? token : 0)];
+        return GATE_UP ? pair / of.top_k : pair;
+    };
+    int token_at[MOST_TOKENS * 2 / APART]; // in x
+#pragma unroll
+    for (int i = 0; i < MOST_TOKENS * 2 / APART; i++)
+        if (i < tiles * 8 / APART)
+            token_at[i] = (row_of_pair((row + APART * i) >> 1) * 2 + (row & 1)) * of.num_columns + 16 * chunk;
+    const u32 token_to = ring_at + TOKENS_AT + row * GROUP + 16 * (chunk ^ row & 7);
+    constexpr int GROUP_COPIES = (BATCHES * MOST_TOKENS + COPIERS - 1) / COPIERS;
+    int group_at[GROUP_COPIES];
+#pragma unroll
+    for (int i = 0; i < GROUP_COPIES; i++)
+        group_at[i] = row_of_pair((thread + COPIERS * i) % (4 * tiles)) * of.num_groups();
+
+    const int steps = of.steps();
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        await_phase(ring_at + EMPTY_AT + 8 * ring.stage, ring.parity ^ 1);
+        const int p = step & 1;
+        const i64 j = (step >> 1) * GROUP;
+        const u32 stage = ring.stage * STAGE;
+#pragma unroll
+        for (int i = 0; i < ROWS / APART; i++) {
+            const i64 down = i < ROWS / APART / 2 ? APART * i : of.apart() + APART * i - ROWS / 2;
+            const u32 to = code_to + stage + i * (APART * GROUP);
+            copy_ahead(to, shared_at + (down * 4 + p) * J + j);
+            copy_ahead(to + RUN, shared_at + (down * 4 + p + 2) * J + j);
+            if (PLANES > 0 && bits) {
+                const u8 *const from = own_at + (down * own_runs + (own_runs == 1 ? 0 : p)) * J + j;
+                copy_ahead(to + 2 * RUN, from);
+                if (WIDE && bits == 4) copy_ahead(to + 3 * RUN, from + 2 * J);
+            }
+            if (PLANES > 1 && bits == 3) copy_ahead(to + (2 + OWN) * RUN, own1_at + down * J + j);
+        }
+#pragma unroll
+        for (int batch = 0; batch < BATCHES; batch++) {
+            const i8 *const from = of.x + of.group_of(step, batch) * GROUP;
+            const u32 to = token_to + stage + batch * tiles * 8 * GROUP;
+#pragma unroll
+            for (int i = 0; i < MOST_TOKENS * 2 / APART; i++)
+                if (i < tiles * 8 / APART) copy_ahead(to + i * (APART * GROUP), from + token_at[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < GROUP_COPIES; i++) {
+            const int place = thread + COPIERS * i;
+            if (place < BATCHES * 4 * tiles)
+                copy_eight(ring_at + GROUPS_AT + ring.stage * GROUPS + place * 8,
+                           of.groups + group_at[i] + of.group_of(step, place / (4 * tiles)));
+        }
+        arrive_with_copies(ring_at + FULL_AT + 8 * ring.stage);
+        ring.advance();
+    }
+}
+
+template <int T>
+__device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, int row_tile, u8 *memory, u32 ring_at,
+                                             Ring &ring) {
+    constexpr int TOKENS = 4 * T, N = 8 * T; // a token's halves are two columns
+    const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
+    const int mine = 16 * (thread >> 5) + g; // of the block's rows; and the row 8 further down
+    const int bits = unit.bits, first = of.first_row(row_tile), num_groups = of.num_groups();
+    const u16 *const scale_at =
+        of.scales +
+        ((i64)unit.slot * of.num_rows + first + (mine < ROWS / 2 ? mine : of.apart() + mine - ROWS / 2)) * num_groups;
+    const u32 step = bits == 0 ? 0 : bits == 3 ? 2 * unit.step : unit.step, step1 = bits == 3 ? unit.step : 0;
+    const float middle = 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
+    const u32 own_mask = bits == 4 ? 0x0F0F0F0Fu : bits == 1 ? 0x01010101u : 0x03030303u;
+
+    float sums[T][2]; // of a token, row g and g + 8
+#pragma unroll
+    for (int i = 0; i < 2 * T; i++) sums[i >> 1][i & 1] = 0.f;
+
+    const int steps = of.steps();
+#pragma unroll 1
+    for (int at_step = 0; at_step < steps; at_step++) {
+        u16 scale_of[BATCHES][2];
+#pragma unroll
+        for (int i = 0; i < 2 * BATCHES; i++)
+            scale_of[i >> 1][i & 1] = __ldg(scale_at + of.group_of(at_step, i >> 1) + 8 * (i & 1) * num_groups);
+        await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // products read by another way
+        const u8 *const here = memory + ring.stage * STAGE;
+        const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.stage * GROUPS) + t;
+        const int p = at_step & 1;
+
+        Words shared, own, own1;
+        u32 a[2][16];
+        int c[2][4 * T];
+        auto unpack = [&](int batch) {
+            const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
+            if (field == 0) {
+                shared.load(here + upper * RUN, mine, t);
+                if (PLANES > 0 && (upper == 0 || WIDE))
+                    own.load(here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, t);
+                if (PLANES > 1 && upper == 0) own1.load(here + (2 + OWN) * RUN, mine, t);
+            }
+            const int shift1 = p + 2 * upper + 4 * field;
+            const int own_shift = bits == 1 ? shift1 : (bits == 4 ? 0 : 2 * upper) + 4 * field;
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                u32 code = (field ? shared[i] >> 1 : shared[i] << 3) & 0x78787878u;
+                if (PLANES > 0) code += (own[i] >> own_shift & own_mask) * step;
+                if (PLANES > 1) code += (own1[i] >> shift1 & 0x01010101u) * step1;
+                a[batch & 1][i] = code;
+            }
+        };
+        auto multiply = [&](int batch) {
+            const u64 b = descriptor(ring_at + ring.stage * STAGE + TOKENS_AT + batch * N * GROUP);
+            keep_order(c[batch & 1]);
+            fence_registers();
+#pragma unroll
+            for (int i = 0; i < 4; i++) Product<T>::start(c[batch & 1], a[batch & 1] + 4 * i, b + 2 * i, i);
+            commit_products();
+        };
+        auto add_up = [&](int batch) {
+            int(&found)[4 * T] = c[batch & 1];
+            keep_order(found);
+            float u[2];
+#pragma unroll
+            for (int below = 0; below < 2; below++) u[below] = __uint_as_float((u32)scale_of[batch][below] << 16);
+#pragma unroll
+            for (int tile = 0; tile < T; tile++) {
+                const float2 one = groups_here[batch * TOKENS + 4 * tile];
+                const float less = one.y * middle;
+#pragma unroll
+                for (int below = 0; below < 2; below++) {
+                    const int *const halves = found + 4 * tile + 2 * below;
+                    sums[tile][below] += u[below] * ((float)(128 * halves[0] + halves[1]) * one.x - less);
+                }
+            }
+        };
+        unpack(0);
+        multiply(0);
+#pragma unroll
+        for (int batch = 0; batch < BATCHES; batch++) {
+            if (batch + 1 < BATCHES) {
+                unpack(batch + 1);
+                multiply(batch + 1);
+                await_products<1>();
+            } else {
+                await_products<0>();
+            }
+            add_up(batch);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(ring_at + EMPTY_AT + 8 * ring.stage);
+        ring.advance();
+    }
+
+    // Through shared memory, so that a token's rows are written side by side, and gate meets up.
+    auto found = reinterpret_cast<float(*)[TOKENS + 1]>(memory + SUMS_AT);
+    await_workers(); // those of the work before were read
+#pragma unroll
+    for (int tile = 0; tile < T; tile++)
+#pragma unroll
+        for (int below = 0; below < 2; below++) found[mine + 8 * below][4 * tile + t] = sums[tile][below];
+    await_workers();
+    constexpr int kept = GATE_UP ? ROWS / 2 : ROWS;
+    for (int at = thread; at < kept * unit.tokens; at += WORKERS) {
+        const int row = at % kept, token = at / kept;
+        const i64 pair = of.pairs[unit.first + token];
+        if (GATE_UP) {
+            const float gate = found[row][token];
+            of.out[pair * (of.num_rows / 2) + first + row] =
+                gate / (1.f + __expf(-gate)) * found[row + ROWS / 2][token];
+        } else {
+            of.out[pair * of.num_rows + first + row] = found[row][token] * of.weights[pair];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
+    nested_many(const i8 *__restrict__ x, const float2 *__restrict__ groups, const u8 *__restrict__ plane,
+                const u16 *__restrict__ scales, const int *__restrict__ pairs, const Unit *__restrict__ units,
+                const float *__restrict__ weights, float *__restrict__ out, int num_rows, int num_columns, int top_k) {
+    extern __shared__ __align__(1024) u8 memory[];
+    const u32 ring_at = (u32)__cvta_generic_to_shared(memory);
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            init_barrier(ring_at + FULL_AT + 8 * i, COPIERS);
+            init_barrier(ring_at + EMPTY_AT + 8 * i, WARPS);
+        }
+    }
+    __syncthreads();
+    const Step of = {x, groups, plane, scales, pairs, weights, out, num_rows, num_columns, top_k};
+    const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
+    Ring ring;
+    if (threadIdx.x >= WORKERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        for (int at = blockIdx.x; at < work; at += gridDim.x)
+            copy_all(of, units[at % num_units], at / num_units, ring_at, ring);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        for (int at = blockIdx.x; at < work; at += gridDim.x) {
+            const Unit unit = units[at % num_units];
+            const int tiles = tiles_for(unit.tokens), row_tile = at / num_units;
+            if (TILES >= 12 && tiles == 12)
+                multiply_all<TILES >= 12 ? 12 : 2>(of, unit, row_tile, memory, ring_at, ring);
+            else if (TILES >= 8 && tiles == 8)
+                multiply_all<TILES >= 8 ? 8 : 2>(of, unit, row_tile, memory, ring_at, ring);
+            else if (TILES >= 4 && tiles == 4)
+                multiply_all<TILES >= 4 ? 4 : 2>(of, unit, row_tile, memory, ring_at, ring);
+            else
+                multiply_all<2>(of, unit, row_tile, memory, ring_at, ring);
+        }
+    }
+}
