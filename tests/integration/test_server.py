@@ -174,6 +174,7 @@ def test_errors_have_the_shape_that_the_client_knows(client: openai.OpenAI) -> N
 
 
 def test_metrics_have_names_that_dashboards_of_vllm_know(server: Server) -> None:
+    """From the start: a rate of what was never counted is unknown, not 0."""
     text = server.get("/metrics", authorization=f"Bearer {KEY}").body.decode()
     for name in (
         "moec:num_requests_running",

@@ -102,6 +102,11 @@ class Metrics:
             self.num_tokens[name] = 0
             for family in (self._prompt_tokens, self._new_tokens, self._aborted, self._ttft):
                 family.labels(name)
+            for family in (self._between, self._tpot, self._latency):
+                family.labels(name)
+            for reason in ("stop", "length"):
+                self._success.labels(name, reason)
+            self._rejected.labels(name, "queue_full")
 
     def render(self) -> bytes:
         """Prometheus' text format."""
