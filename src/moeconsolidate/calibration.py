@@ -5,9 +5,11 @@ loss depends on. One forward sweep keeps each block's input; one backward sweep 
 with gradients of activations (never of weights), takes what it needs, and hands the gradient down.
 Only one block's weights are in memory; inputs and what was learned wait on disk.
 
-The loss is taken against tokens drawn from the model's own predictions, which makes the squared
-gradients an unbiased estimate of the Fisher information (as in natural-gradient work; labels from
-the text would give the "empirical" Fisher instead).
+What matters is the Fisher information of the model's own predictions (labels from the text would
+give the "empirical" Fisher instead). Its Gauss-Newton form puts diag(p) - p p^T of each token at the
+logits; gradients that start from random vectors of just that covariance square to an unbiased
+estimate of it. Labels drawn from the model have the same covariance and vary far more: nearly all
+of them say that the likeliest token was right.
 
 Legend: W windows of T tokens, N tokens of a window batch, H hidden, I intermediate, E experts.
 """
@@ -17,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from moeconsolidate.streaming import (
 )
 from moeruntime.families import ModelConfig
 
-__all__ = ["collect"]
+__all__ = ["collect", "random_probe"]
 
 
 def collect(
@@ -47,7 +48,7 @@ def collect(
     Args:
         checkpoint: the model.
         windows: token ids, as `streaming` has them.
-        seed: of the tokens drawn as labels.
+        seed: of the random signs that gradients start from.
         on_block: called after each block, forward and backward, with how many are done.
     """
     config = checkpoint.config
@@ -127,10 +128,10 @@ class _Taps:
 def _output_gradient(
     checkpoint: Checkpoint, hidden: Tensor, windows: Tensor, seed: int
 ) -> tuple[Tensor, int]:
-    """Gradient of the summed loss at the last block's output, a window at a time.
+    """Gradient of `random_probe` at the last block's output, a window at a time.
 
     Returns:
-        The gradient, in the shape of `hidden`, and of how many tokens the loss is.
+        The gradient, in the shape of `hidden`, and how many tokens were predicted.
     """
     to_logits = output_logits(checkpoint)
     generator = torch.Generator().manual_seed(seed)
@@ -138,11 +139,27 @@ def _output_gradient(
     for window, ids in zip(hidden, windows, strict=True):
         leaf = window.detach().requires_grad_()
         logits_TV = to_logits(predictions(leaf, ids)[0])
-        drawn_T = torch.multinomial(
-            logits_TV.detach().softmax(dim=-1), 1, generator=generator
-        ).squeeze(1)
-        F.cross_entropy(logits_TV, drawn_T, reduction="sum").backward()
+        logits_TV.backward(random_probe(logits_TV.detach(), generator))
         assert leaf.grad is not None
         gradients.append(leaf.grad)
-        num_tokens += len(drawn_T)
+        num_tokens += len(logits_TV)
     return torch.stack(gradients), num_tokens
+
+
+def random_probe(logits_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """Random vectors whose covariance is the Fisher information of softmax(logits).
+
+    With p the probabilities and s random signs, z = sqrt(p) s - p (sqrt(p) . s) has mean 0 and
+    covariance diag(p) - p p^T.
+
+    Args:
+        logits_TV: float32.
+        generator: of the signs.
+
+    Returns:
+        float32 [T, V], independent from token to token.
+    """
+    signs_TV = torch.randint(0, 2, logits_TV.shape, generator=generator, dtype=torch.int8)
+    probability_TV = logits_TV.softmax(dim=-1)
+    signed_TV = probability_TV.sqrt().mul_(signs_TV.mul_(2).sub_(1))
+    return signed_TV - probability_TV * signed_TV.sum(dim=-1, keepdim=True)

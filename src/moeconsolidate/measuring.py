@@ -23,7 +23,11 @@ from moeconsolidate.streaming import embed, output_logits, predictions, streamed
 from moeconsolidate.threads import side_by_side
 from moeruntime.codes import NestedCode
 
-__all__ = ["MeasuredLoss", "measure"]
+__all__ = ["MeasuredLoss", "measure", "trimmed_mean"]
+
+TRIMMED = 0.125
+"""Of windows in order of what they say, the part that is left out at either end: a few hard ones
+would decide the mean of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,9 @@ class MeasuredLoss:
     """Of one variant, on held-out text, nats per token.
 
     Attributes:
-        nll_increase: mean increase of the negative log-likelihood.
-        standard_error: of that mean, from how windows differ.
-        kl: mean KL divergence of the coded model's predictions from the original's.
+        nll_increase: increase of the negative log-likelihood, `trimmed_mean` of windows.
+        standard_error: of the plain mean, from how windows differ.
+        kl: KL divergence of the coded model's predictions from the original's, likewise trimmed.
     """
 
     nll_increase: float
@@ -99,7 +103,7 @@ def _run_block(
 def _compare(
     checkpoint: Checkpoint, windows: Tensor, befores: Tensor, afters: Tensor
 ) -> MeasuredLoss:
-    """Compare predictions window by window."""
+    """What one variant loses, from the last block's outputs for some windows, original and coded."""
     increases, divergences = [], []
     to_logits = output_logits(checkpoint)
     for window, before, after in zip(windows, befores, afters, strict=True):
@@ -112,8 +116,12 @@ def _compare(
         gained = before_TV[rows] - after_TV[rows]
         increases.append(gained.mean())
         divergences.append((before_TV.exp() * (before_TV - after_TV)).sum(dim=-1).mean())
-    increase_W = torch.stack(increases)
+    increase_W, kl_W = torch.stack(increases), torch.stack(divergences)
     error = increase_W.std(correction=1) / len(increase_W) ** 0.5 if len(increase_W) > 1 else 1.0
-    return MeasuredLoss(
-        float(increase_W.mean()), float(error), max(float(torch.stack(divergences).mean()), 0.0)
-    )
+    return MeasuredLoss(trimmed_mean(increase_W), float(error), max(trimmed_mean(kl_W), 0.0))
+
+
+def trimmed_mean(values_W: Tensor) -> float:
+    """Mean of those in the middle, without an eighth (rounded down) at either end."""
+    at_an_end = int(len(values_W) * TRIMMED)
+    return float(values_W.sort().values[at_an_end : len(values_W) - at_an_end].mean())

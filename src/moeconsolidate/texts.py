@@ -20,8 +20,8 @@ from moeruntime.text import VariantText
 
 __all__ = ["Windows", "read_texts", "sampled_windows", "text_windows"]
 
-NUM_WINDOWS = 64
-NUM_HELD_OUT = 32
+NUM_WINDOWS = 112
+NUM_HELD_OUT = 16
 NUM_SAMPLED_WINDOWS = 32
 NUM_SAMPLED_HELD_OUT = 16
 WINDOW_TOKENS = 512

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from helpers import TINY_CONFIG, MakeCheckpoint
 from moeconsolidate import calibration
-from moeconsolidate.calibration import collect
+from moeconsolidate.calibration import collect, random_probe
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.importance import Statistics
 from moeconsolidate.streaming import embed, streamed_block
@@ -74,7 +74,7 @@ class TokenWeights:
 
 
 def brute_force(folder: Path, seed: int) -> list[TokenWeights]:
-    """The summed loss of labels that transformers' own predictions drew, through all layers."""
+    """Gradients of random signs at transformers' logits, through all layers."""
     model = load_reference(folder)
     watchers = []
     for layer in model.model.layers:
@@ -83,8 +83,11 @@ def brute_force(folder: Path, seed: int) -> list[TokenWeights]:
     generator = torch.Generator().manual_seed(seed)
     for window_T in WINDOWS:
         logits_TV = model(window_T[None]).logits[0].float()
-        drawn_T = torch.multinomial(logits_TV.detach().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits_TV, drawn_T, reduction="sum").backward()
+        signs_TV = torch.randint(0, 2, logits_TV.shape, generator=generator, dtype=torch.int8)
+        root_TV = logits_TV.detach().softmax(-1).sqrt()
+        signed_TV = root_TV * (2.0 * signs_TV - 1)
+        along_T1 = (root_TV * (2.0 * signs_TV - 1)).sum(-1, keepdim=True)
+        logits_TV.backward(signed_TV - root_TV.square() * along_T1)
     return watchers
 
 
@@ -105,6 +108,32 @@ def test_statistics_are_those_of_gradients_of_every_tokens_weights(folder: Path)
             error = float((parts[part].outputs_ER.double() - outputs_ER).abs().max())
             assert error < 1e-4 * float(outputs_ER.max()), (layer, part)
             assert found.num_routed_LE[layer].tolist() == counts_E.tolist()
+
+
+def test_probes_have_the_covariance_of_the_fisher_information() -> None:
+    logits_V = torch.tensor([2.0, 0.0, -1.0, 1.0, -4.0])
+    num_probes = 200_000
+    probe_NV = random_probe(logits_V.expand(num_probes, -1), torch.Generator().manual_seed(0))
+    p_V = logits_V.softmax(-1)
+    expected_VV = p_V.diag() - p_V.outer(p_V)
+    # Entries vary by less than 1, so their means by less than 1 / sqrt(N) = 0.0022.
+    torch.testing.assert_close(
+        probe_NV.T @ probe_NV / num_probes, expected_VV, rtol=0, atol=5 / num_probes**0.5
+    )
+    assert float(probe_NV.mean(dim=0).abs().max()) < 5 / num_probes**0.5
+    assert float(probe_NV.sum(dim=-1).abs().max()) < 1e-5  # nothing for what softmax ignores
+
+
+def test_probes_vary_less_than_drawn_labels() -> None:
+    logits_V = torch.tensor([4.0, 0.0, 0.0, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    probe_NV = random_probe(logits_V.expand(20_000, -1), generator)
+    p_V = logits_V.softmax(-1)
+    drawn_N = p_V.multinomial(20_000, replacement=True, generator=generator)
+    label_NV = p_V - torch.eye(4)[drawn_N]
+    squares = [one_NV.square().sum(-1) for one_NV in (probe_NV, label_NV)]
+    torch.testing.assert_close(squares[0].mean(), squares[1].mean(), rtol=0.1, atol=0)
+    assert squares[0].var() < squares[1].var() / 3
 
 
 def test_layers_are_those_of_transformers(folder: Path) -> None:
