@@ -7,7 +7,7 @@ import torch
 
 from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.measuring import MeasuredLoss, _compare
+from moeconsolidate.measuring import MeasuredLoss, _compare, trimmed_mean
 from moeconsolidate.planning import _ratios
 
 
@@ -33,3 +33,10 @@ def test_a_divergence_far_below_float32_is_seen(make_checkpoint: MakeCheckpoint)
 def test_what_cannot_be_seen_is_not_corrected() -> None:
     nothing = MeasuredLoss(nll_increase=1e-9, standard_error=1e-6, kl=0.0)
     assert _ratios([nothing, nothing], [1e-12, 1e-11]) == [1.0, 1.0]
+
+
+def test_a_trimmed_mean_leaves_out_the_ends() -> None:
+    values_W = torch.tensor([3.0, 100.0, 1.0, 2.0, 4.0, -50.0, 5.0, 6.0])
+    assert trimmed_mean(values_W) == pytest.approx((3 + 1 + 2 + 4 + 5 + 6) / 6)
+    assert trimmed_mean(values_W[:7]) == pytest.approx(float(values_W[:7].mean()))  # too few
+    assert trimmed_mean(torch.tensor([7.0])) == 7.0
