@@ -6,10 +6,10 @@ with gradients of activations (never of weights), takes what it needs, and hands
 Only one block's weights are in memory; inputs and what was learned wait on disk.
 
 What matters is the Fisher information of the model's own predictions (labels from the text would
-give the "empirical" Fisher instead). Its Gauss-Newton form puts diag(p) - p p^T of each token at the
-logits; gradients that start from random vectors of just that covariance square to an unbiased
-estimate of it. Labels drawn from the model have the same covariance and vary far more: nearly all
-of them say that the likeliest token was right.
+give the "empirical" Fisher instead). At the logits of a token it is diag(p) - p p^T; gradients that
+start from random vectors of just that covariance square to an unbiased estimate of it. Gradients of
+labels that are drawn from the model have the same covariance and vary far more: nearly all of them
+say that the likeliest token was right.
 
 Legend: W windows of T tokens, N tokens of a window batch, H hidden, I intermediate, E experts.
 """
@@ -26,6 +26,7 @@ from moeconsolidate.importance import ExpertStatistics, SpooledLayers, Statistic
 from moeconsolidate.spool import Spool
 from moeconsolidate.streaming import (
     BATCH_WINDOWS,
+    ExpertWork,
     embed,
     output_logits,
     predictions,
@@ -104,24 +105,22 @@ class _Taps:
         self.gate_up = ExpertStatistics.zeros(experts, *shapes["gate_up"], watched)
         self.down = ExpertStatistics.zeros(experts, *shapes["down"], watched)
         self.num_routed_E = torch.zeros(experts, dtype=torch.int64)
-        self._pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
+        self._pending: list[ExpertWork] = []
 
-    def watch(
-        self, expert: int, x_NH: Tensor, gate_up_NI: Tensor, inner_NI: Tensor, out_NH: Tensor
-    ) -> None:
+    def watch(self, work: ExpertWork) -> None:
         """Remember an expert's inputs and outputs of this pass."""
-        gate_up_NI.retain_grad()
-        out_NH.retain_grad()
-        self._pending.append((expert, x_NH, gate_up_NI, inner_NI, out_NH))
+        work.gate_up_NI.retain_grad()
+        work.out_NH.retain_grad()
+        self._pending.append(work)
 
     def count(self) -> None:
         """Add what the backward pass found."""
         with torch.no_grad():
-            for expert, x_NH, gate_up_NI, inner_NI, out_NH in self._pending:
-                assert gate_up_NI.grad is not None and out_NH.grad is not None
-                self.gate_up.add(expert, x_NH, gate_up_NI.grad)
-                self.down.add(expert, inner_NI, out_NH.grad)
-                self.num_routed_E[expert] += len(x_NH)
+            for work in self._pending:
+                assert work.gate_up_NI.grad is not None and work.out_NH.grad is not None
+                self.gate_up.add(work.expert, work.x_NH, work.gate_up_NI.grad)
+                self.down.add(work.expert, work.inner_NI, work.out_NH.grad)
+                self.num_routed_E[work.expert] += len(work.x_NH)
         self._pending.clear()
 
 

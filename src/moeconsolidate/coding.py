@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,11 @@ from moeconsolidate.importance import Statistics
 from moeconsolidate.pieces import Piece, encode_piece, pieces_of
 from moeconsolidate.plan import ExpertRef, LayerPlan
 from moeconsolidate.threads import side_by_side
-from moeruntime.codes import NestedCode, pack_planes
+from moeruntime.codes import NestedCode, decode, pack_planes, plane_shapes, unpack_planes
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import EXPERT_PARTS
 
-__all__ = ["code_layer", "decode_layer", "nested_format"]
+__all__ = ["code_layer", "decode_layer", "nested_format", "stored_weights"]
 
 TILE_COLUMNS, SMALL_GROUP = 128, 32
 """A scale covers a kernel's tile of columns where tiles divide the matrix, and few otherwise."""
@@ -38,8 +38,9 @@ def code_layer(
     statistics: Sequence[Statistics] | None,
     *,
     num_variants: int,
+    correct_downs: Callable[[list[list[Tensor]]], None] | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Code one layer as its plan says.
+    """Code one layer as its plan says: all gate_up, then all down.
 
     Args:
         plan: slots and private codes.
@@ -48,6 +49,8 @@ def code_layer(
         nested: how shared codes are stored.
         statistics: each variant's calibration; None rounds to the nearest levels.
         num_variants: of the pack.
+        correct_downs: called between the two, with what will be decoded of gate_up, variant by
+            variant and expert by expert; it may change the down matrices among the experts.
 
     Returns:
         The tensors of the layer's file, and of each variant's private file, by name.
@@ -58,14 +61,14 @@ def code_layer(
     def code_slots(piece: Piece) -> list[_PackedSlot]:
         return _pack(piece, experts_EP, config, nested[piece.part], statistics)
 
-    pieces = pieces_of(plan, config)
-    packed = side_by_side(code_slots, pieces)
     for part in EXPERT_PARTS:
+        if part == "down" and correct_downs:
+            correct_downs(stored_weights(plan, "gate_up", shared, private, config, nested))
+        pieces = [piece for piece in pieces_of(plan, config) if piece.part == part]
         of_part = {
             slot: one
-            for piece, slots in zip(pieces, packed, strict=True)
+            for piece, slots in zip(pieces, side_by_side(code_slots, pieces), strict=True)
             for slot, one in zip(piece.slots, slots, strict=True)
-            if piece.part == part
         }
         in_order = [of_part[slot] for slot in range(len(plan.slots))]
         for width in in_order[0].shared:
@@ -77,6 +80,49 @@ def code_layer(
                     name = f"experts.{member.expert}.{part}.{width}"
                     private[member.variant_idx][name] = plane
     return shared, [dict(sorted(tensors.items())) for tensors in private]
+
+
+def stored_weights(
+    plan: LayerPlan,
+    part: str,
+    shared: Mapping[str, Tensor],
+    private: Sequence[Mapping[str, Tensor]],
+    config: ModelConfig,
+    nested: Mapping[str, NestedCode],
+) -> list[list[Tensor]]:
+    """What a reader decodes of one part of a layer: variant -> expert -> float32 [R, C].
+
+    Args:
+        plan: slots and private codes.
+        part: "gate_up" or "down".
+        shared: tensors of the layer's file, as `code_layer` returns them.
+        private: likewise those of each variant's private file.
+        config: the architecture.
+        nested: how shared codes are stored.
+    """
+    num_columns, code, idx = config.part_shapes[part][1], nested[part], EXPERT_PARTS.index(part)
+    widths = plane_shapes(1, 1, code.shared_bits)
+
+    def decode_slot(slot: int) -> list[tuple[ExpertRef, Tensor]]:
+        planes = {width: shared[f"{part}.{width}"][slot] for width in widths}
+        shared_RC = unpack_planes(planes, num_columns)
+        found = []
+        for ref, pair in zip(plan.slots[slot], plan.codes[slot], strict=True):
+            own = {
+                width: private[ref.variant_idx][f"experts.{ref.expert}.{part}.{width}"]
+                for width in plane_shapes(1, 1, pair[idx].bits)
+            }
+            private_RC = unpack_planes(own, num_columns) if own else None
+            scale_RG = shared[f"{part}.scale"][slot]
+            found.append((ref, decode(shared_RC, scale_RG, code, private_RC, pair[idx])))
+        return found
+
+    slots = side_by_side(decode_slot, range(len(plan.slots)))
+    weights = dict(pair for found in slots for pair in found)
+    return [
+        [weights[ExpertRef(variant, expert)] for expert in range(config.num_experts)]
+        for variant in range(len(private))
+    ]
 
 
 def decode_layer(

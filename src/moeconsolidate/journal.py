@@ -49,6 +49,7 @@ def layer_key(
     experts_sha256: str,
     inputs_NH: Tensor | None,
     statistics: Sequence[Statistics] | None,
+    before: str | None,
 ) -> str:
     """Digest of all that decides the bytes of one layer, lower-case hexadecimal.
 
@@ -61,6 +62,7 @@ def layer_key(
         experts_sha256: digest of the layer's experts, as `LayerReader.load` returns it.
         inputs_NH: what experts are compared by, where that is not their weights.
         statistics: of each variant's calibration, where there was one.
+        before: the key of the layer before, where its codes decide those of this one.
     """
     decided = ConsolidationPlan(recipe, (planned,) if planned else ())
     facts: dict[str, object] = {
@@ -74,6 +76,8 @@ def layer_key(
     }
     if inputs_NH is not None:
         facts["inputs"] = TensorDigest.of(inputs_NH.contiguous()).sha256
+    if before is not None:
+        facts["before"] = before
     facts["statistics"] = [[one.num_tokens, *_digests_of(one, layer)] for one in statistics or ()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 

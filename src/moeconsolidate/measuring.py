@@ -103,7 +103,7 @@ def _run_block(
 def _compare(
     checkpoint: Checkpoint, windows: Tensor, befores: Tensor, afters: Tensor
 ) -> MeasuredLoss:
-    """What one variant loses, from the last block's outputs for some windows, original and coded."""
+    """What one variant loses, from the last block's outputs, original and coded."""
     increases, divergences = [], []
     to_logits = output_logits(checkpoint)
     for window, before, after in zip(windows, befores, afters, strict=True):

@@ -30,7 +30,7 @@ __all__ = [
     "pieces_of",
 ]
 
-SCRATCH_WEIGHTS = 2**22
+SCRATCH_WEIGHTS = 2**21
 """Weights (float32) that each thread weighs at once; it holds about fifty copies of so many."""
 
 UNWEIGHED_SCRATCH = 2**19

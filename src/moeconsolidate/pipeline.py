@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
 
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.coding import code_layer, nested_format
+from moeconsolidate.coding import code_layer, nested_format, stored_weights
 from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
+from moeconsolidate.compensation import Compensation
 from moeconsolidate.importance import Statistics
 from moeconsolidate.journal import layer_key
 from moeconsolidate.layers import LayerReader
@@ -36,6 +38,7 @@ from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
 from moeconsolidate.threads import num_places, single_threaded_torch
 from moeconsolidate.writer import PackWriter, SlotColumns
+from moeruntime.codes import NestedCode
 from moeruntime.families import ModelConfig
 from moeruntime.pack import Manifest
 
@@ -130,6 +133,9 @@ def consolidate(
             stack.enter_context(single_threaded_torch())
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
+            compensation, key = None, None
+            if nested is not None and learned.statistics is not None:
+                compensation = Compensation(checkpoints, learned.learned, learned.held_out)
             for layer in range(config.num_layers):
                 planned = plan.layers[layer] if plan else None
                 key = layer_key(
@@ -141,9 +147,13 @@ def consolidate(
                     reader.load(layer),
                     learned.inputs[layer] if learned.inputs else None,
                     learned.statistics,
+                    key if compensation else None,
                 )
                 if finished := writer.take_over(layer, key):
                     layers.append(finished)
+                    if compensation and nested is not None:
+                        coded = writer.read_coded_layer(finished)
+                        compensation.advance(layer, _experts(finished, coded, config, nested))
                     report(Progress("experts", layer + 1, config.num_layers))
                     continue
                 shared = reader.decide(planned)
@@ -163,7 +173,12 @@ def consolidate(
                         nested,
                         statistics,
                         num_variants=len(names),
+                        correct_downs=partial(compensation.correct, layer, reader.experts_EP)
+                        if compensation
+                        else None,
                     )
+                    if compensation:
+                        compensation.advance(layer, _experts(shared, coded, config, nested))
                     writer.write_coded_layer(shared, *coded)
                 writer.note_layer(key, recipe, shared)
                 report(Progress("experts", layer + 1, config.num_layers))
@@ -248,6 +263,19 @@ def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator
             # What hardly any pack falls below; each layer's exact size is checked when it is due.
             require_disk(target.parent, checkpoints[0].num_bytes // 4)
         yield checkpoints
+
+
+def _experts(
+    plan: LayerPlan,
+    coded: tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]]],
+    config: ModelConfig,
+    nested: Mapping[str, NestedCode],
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """What a reader makes of a coded layer: variant -> expert -> gate_up, down."""
+    gate_up, down = (
+        stored_weights(plan, part, *coded, config, nested) for part in ("gate_up", "down")
+    )
+    return [list(zip(*both, strict=True)) for both in zip(gate_up, down, strict=True)]
 
 
 def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress) -> None:

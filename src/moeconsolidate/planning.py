@@ -62,12 +62,13 @@ class Calibration:
     Attributes:
         statistics: of each variant, in order; None where there was none.
         texts: variant -> sha256 of its tokens.
-        held_out: of each variant, windows that nothing was learned from.
+        learned, held_out: each variant's windows: those that it was learned from, and others.
         inputs: of each layer, inputs [N, H] to compare its experts by; empty where weights are.
     """
 
     statistics: Sequence[Statistics] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
+    learned: Sequence[Tensor] = ()
     held_out: Sequence[Tensor] = ()
     inputs: Sequence[Tensor] = ()
 
@@ -182,6 +183,7 @@ def calibrate(
             checkpoint.name: windows.sha256
             for checkpoint, (windows, _, _) in zip(checkpoints, learned, strict=True)
         },
+        [windows.learned for windows, _, _ in learned],
         [windows.held_out for windows, _, _ in learned],
         list(torch.cat(inputs, dim=1)) if inputs else (),
     )

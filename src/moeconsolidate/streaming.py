@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "BATCH_WINDOWS",
     "PAD",
     "ExpertTaps",
+    "ExpertWork",
     "StreamedBlock",
     "embed",
     "output_logits",
@@ -43,13 +45,33 @@ PAD = -1
 """In a window: no token here."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertWork:
+    """What one expert did for N tokens of some windows.
+
+    Attributes:
+        expert: which.
+        tokens_N: their places among `StreamedBlock.own_rows`.
+        weights_N: what its router gives it of each.
+        x_NH: its inputs.
+        gate_up_NI, out_NH: what its two products give.
+        inner_NI: what stands between.
+    """
+
+    expert: int
+    tokens_N: Tensor
+    weights_N: Tensor
+    x_NH: Tensor
+    gate_up_NI: Tensor
+    inner_NI: Tensor
+    out_NH: Tensor
+
+
 class ExpertTaps(Protocol):
     """Who watches experts at work."""
 
-    def watch(
-        self, expert: int, x_NH: Tensor, gate_up_NI: Tensor, inner_NI: Tensor, out_NH: Tensor
-    ) -> None:
-        """See an expert's inputs, what its two products give, and what stands between."""
+    def watch(self, work: ExpertWork) -> None:
+        """See what an expert did, while it is done."""
         ...
 
 
@@ -145,6 +167,10 @@ class StreamedBlock(ABC):
         """The block's output for windows side by side."""
 
     @abstractmethod
+    def own_rows(self, hidden: Tensor, windows: Tensor) -> Tensor:
+        """Of hidden states, those that the block's mixture adds to: [N, H]."""
+
+    @abstractmethod
     def expert_inputs(self, x: Tensor, windows: Tensor) -> Tensor:
         """What the block hands its router and its experts for the real tokens: [N, H]."""
 
@@ -170,7 +196,8 @@ class StreamedBlock(ABC):
             inner = activate(first, self._activation)
             out = F.linear(inner, down)
             if taps is not None:
-                taps.watch(expert, x_NH[tokens], first, inner, out)
+                weights_N = weights_NK[tokens, rank]
+                taps.watch(ExpertWork(expert, tokens, weights_N, x_NH[tokens], first, inner, out))
             out_NH = out_NH.index_add(0, tokens, out * weights_NK[tokens, rank, None])
         return out_NH
 
@@ -195,6 +222,9 @@ class _DecoderBlock(StreamedBlock):
         identity_NE = torch.arange(self._config.num_experts).expand_as(logits_NE)
         experts_NK, weights_NK = route(logits_NE, identity_NE, self._config.top_k)
         return x + self._mix(normed_NH, experts_NK, weights_NK, taps).view_as(x)
+
+    def own_rows(self, hidden: Tensor, windows: Tensor) -> Tensor:
+        return hidden.flatten(0, 1)
 
     @torch.no_grad()
     def expert_inputs(self, x: Tensor, windows: Tensor) -> Tensor:
@@ -260,6 +290,9 @@ class _EncoderDecoderBlock(StreamedBlock):
         halves = [x[:, 0], x[:, 1]]
         halves[self._stack] = own_WTH
         return torch.stack(halves, dim=1)
+
+    def own_rows(self, hidden: Tensor, windows: Tensor) -> Tensor:
+        return hidden[:, self._stack][_running(windows)[:, self._stack]]
 
     @torch.no_grad()
     def expert_inputs(self, x: Tensor, windows: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from moeconsolidate.publish import (
 from moeconsolidate.threads import in_order
 from moeruntime import __version__
 from moeruntime.codes import NestedCode
-from moeruntime.errors import MoecError, ResourceError
+from moeruntime.errors import IntegrityError, MoecError, ResourceError
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import (
     COMMON_FILE,
@@ -42,7 +42,7 @@ from moeruntime.pack.manifest import (
     variant_file,
     variant_folder,
 )
-from moeruntime.tensorfile import FileDigest, TensorFileWriter, dtype_name
+from moeruntime.tensorfile import FileDigest, TensorFile, TensorFileWriter, dtype_name
 
 __all__ = ["PackWriter"]
 
@@ -183,6 +183,20 @@ class PackWriter:
                 for name, tensor in tensors.items():
                     file.append(name, tensor)
                 self._add(path, file.finish())
+
+    def read_coded_layer(
+        self, plan: LayerPlan
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """What `write_coded_layer` was given for a layer that has been written or taken over."""
+
+        def read(path: str) -> dict[str, Tensor]:
+            if path not in self._files:
+                return {}
+            with TensorFile(self._folder / path, IntegrityError) as file:
+                return {name: file.read(name) for name in file.entries}
+
+        private = [read(private_file(name, plan.layer)) for name in self._names]
+        return read(layer_file(plan.layer)), private
 
     def write_non_expert(
         self,

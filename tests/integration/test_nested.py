@@ -15,6 +15,7 @@ from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors, save_shards, tr
 from moeconsolidate import consolidate, export_variant, texts, writer
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.cli import main
+from moeconsolidate.compensation import Compensation
 from moeconsolidate.evaluation import score_texts
 from moeconsolidate.original import CheckpointSource
 from moeconsolidate.pipeline import make_plan
@@ -271,6 +272,47 @@ def test_threads_do_not_change_a_budgeted_pack(two: Folders, tmp_path: Path) -> 
     finally:
         torch.set_num_threads(before)
     assert packs[0] == packs[1]
+
+
+# -- what earlier layers lost ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("little_text")
+def test_each_layer_is_corrected_with_what_will_be_decoded(
+    two: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(two, budget="0.25x")
+    seen: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    halves: dict[tuple[int, int, int], torch.Tensor] = {}
+    correct, advance = Compensation.correct, Compensation.advance
+
+    def spy_correct(
+        self: Compensation, layer: int, rows: torch.Tensor, gate_up: list[list[torch.Tensor]]
+    ) -> None:
+        for variant, matrices in enumerate(gate_up):
+            halves.update({(layer, variant, idx): one for idx, one in enumerate(matrices)})
+        correct(self, layer, rows, gate_up)
+
+    def spy_advance(self: Compensation, layer: int, experts: Any) -> None:
+        for variant, matrices in enumerate(experts):
+            seen.update({(layer, variant, idx): one for idx, one in enumerate(matrices)})
+        advance(self, layer, experts)
+
+    monkeypatch.setattr(Compensation, "correct", spy_correct)
+    monkeypatch.setattr(Compensation, "advance", spy_advance)
+    corrected = consolidate(two, tmp_path / "corrected", plan=plan).pack
+    assert len(seen) == len(halves) == 2 * 2 * 8
+    with Pack(corrected) as opened:
+        names = opened.manifest.variant_names
+        for place, (gate_up, down) in seen.items():
+            layer, variant, expert = place
+            assert torch.equal(halves[place], gate_up)
+            for part, found in (("gate_up", gate_up), ("down", down)):
+                stored = opened.read_expert(names[variant], layer, expert, part)
+                assert torch.equal(found.bfloat16(), stored), (place, part)
+    monkeypatch.setattr(Compensation, "correct", lambda *_: None)
+    as_it_is = consolidate(two, tmp_path / "as-it-is", plan=plan).pack
+    assert tree_digests(corrected) != tree_digests(as_it_is)
 
 
 # -- every way to read one -------------------------------------------------------------------------

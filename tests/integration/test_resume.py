@@ -158,7 +158,9 @@ def test_other_weights_in_one_layer(
     assert tree_digests(tmp_path / "pack") == tree_digests(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("options", [{"merge": "regmean"}, {"align": True}])
+@pytest.mark.parametrize(
+    "options", [{"merge": "regmean"}, {"align": True}, {"budget": "0.3x", "threshold": 0.0}]
+)
 def test_calibrated_layers_are_taken_over(
     options: dict[str, Any],
     models: list[Path],

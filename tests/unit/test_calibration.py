@@ -86,8 +86,7 @@ def brute_force(folder: Path, seed: int) -> list[TokenWeights]:
         signs_TV = torch.randint(0, 2, logits_TV.shape, generator=generator, dtype=torch.int8)
         root_TV = logits_TV.detach().softmax(-1).sqrt()
         signed_TV = root_TV * (2.0 * signs_TV - 1)
-        along_T1 = (root_TV * (2.0 * signs_TV - 1)).sum(-1, keepdim=True)
-        logits_TV.backward(signed_TV - root_TV.square() * along_T1)
+        logits_TV.backward(signed_TV - root_TV.square() * signed_TV.sum(-1, keepdim=True))
     return watchers
 
 
