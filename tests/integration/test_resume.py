@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from crash import NUM_LAYERS, fail_everywhere, make_models
 from helpers import MakeCheckpoint, tree_digests
 from moeconsolidate import consolidate, texts
 from moeconsolidate.layers import LayerReader
-from moeconsolidate.plan import Progress
+from moeconsolidate.pipeline import make_plan
+from moeconsolidate.plan import Progress, default_code
 from moeconsolidate.writer import PackWriter
 from moeruntime.errors import CheckpointError, ResourceError, UsageError
 
@@ -68,6 +70,15 @@ def stop(models: list[Path], target: Path, num_layers: int, **options: Any) -> P
         consolidate(models, target, on_progress=stop_after(num_layers), **options)
     assert not target.exists()
     return target.parent / f".{target.name}.partial"
+
+
+def little_calibration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Text for both variants, of which hardly any is read."""
+    for name, value in {"NUM_WINDOWS": 2, "NUM_HELD_OUT": 1, "WINDOW_TOKENS": 32}.items():
+        monkeypatch.setattr(texts, name, value)
+    words = folder / "words.jsonl"
+    words.write_text('{"text": "the cat sat on the mat and looked at it"}\n' * 60)
+    return {"calibration": {"a": [words], "b": [words]}}
 
 
 def test_finished_layers_are_taken_over(
@@ -167,11 +178,7 @@ def test_calibrated_layers_are_taken_over(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in {"NUM_WINDOWS": 2, "NUM_HELD_OUT": 1, "WINDOW_TOKENS": 32}.items():
-        monkeypatch.setattr(texts, name, value)
-    words = tmp_path / "words.jsonl"
-    words.write_text('{"text": "the cat sat on the mat and looked at it"}\n' * 60)
-    options = options | {"calibration": {"a": [words], "b": [words]}}
+    options = options | little_calibration(tmp_path, monkeypatch)
     written: list[int] = []
     original = PackWriter.note_layer
 
@@ -184,6 +191,22 @@ def test_calibrated_layers_are_taken_over(
     consolidate(models, tmp_path / "pack", **options)
     assert written == [0, 1, 2, 3, 4, 5]
     consolidate(models, tmp_path / "fresh", **options)
+    assert tree_digests(tmp_path / "pack") == tree_digests(tmp_path / "fresh")
+
+
+def test_a_layer_is_not_taken_over_where_the_one_before_is_coded_otherwise(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its codes make up for what that one lost."""
+    options = little_calibration(tmp_path, monkeypatch)
+    plan = make_plan(models, budget="0.4x", threshold=0.0, **options)
+    first, most = plan.layers[0], default_code(4)
+    other = [[(most, most)] * len(members) for members in first.slots]
+    assert first.with_codes(other) != first
+    changed = replace(plan, layers=(first.with_codes(other), *plan.layers[1:]))
+    stop(models, tmp_path / "pack", 3, plan=plan, **options)
+    consolidate(models, tmp_path / "pack", plan=changed, **options)
+    consolidate(models, tmp_path / "fresh", plan=changed, **options)
     assert tree_digests(tmp_path / "pack") == tree_digests(tmp_path / "fresh")
 
 
