@@ -147,10 +147,12 @@ def round_groups(
                 total[:] = ZERO
                 for v in range(num_members):
                     of_output = outputs_NVR[n, v, r]
-                    weights[v, :width] = weights_NVRC[n, v, r, first : first + width]
-                    importance[v, :width] = diagonal_NVC[n, v, first : first + width]
+                    row_C = weights_NVRC[n, v, r, first : first + width]
+                    of_inputs_C = diagonal_NVC[n, v, first : first + width]
                     for j in range(width):
-                        importance[v, j] *= of_output
+                        weights[v, j] = row_C[j]
+                    for j in range(width):
+                        importance[v, j] = of_output * of_inputs_C[j]
                         total[j] += importance[v, j]
                 for j in range(width):
                     total[j] = max(total[j], TINIEST)
@@ -197,15 +199,19 @@ def round_groups(
                 for g in range(num_groups):
                     scale_NRG[n, r, first // group + g] = scale[g]
                 if shared_NRC.size:
-                    found = shared_NRC[n, r, first : first + width]
                     for j in range(width):
-                        better = errors[1, j] < errors[0, j]
-                        found[j] = np.uint8(shared[1, j] if better else shared[0, j])
+                        low, high = shared[0, j], shared[1, j]
+                        shared[0, j] = high if errors[1, j] < errors[0, j] else low
+                    found_C = shared_NRC[n, r, first : first + width]
+                    for j in range(width):
+                        found_C[j] = np.uint8(np.int32(shared[0, j]))
                     for v in range(num_members):
-                        found = private_NVRC[n, v, r, first : first + width]
                         for j in range(width):
-                            better = errors[1, j] < errors[0, j]
-                            found[j] = np.uint8(private[1, v, j] if better else private[0, v, j])
+                            low, high = private[0, v, j], private[1, v, j]
+                            private[0, v, j] = high if errors[1, j] < errors[0, j] else low
+                        found_C = private_NVRC[n, v, r, first : first + width]
+                        for j in range(width):
+                            found_C[j] = np.uint8(np.int32(private[0, v, j]))
 
 
 @kernel
@@ -364,15 +370,17 @@ def _choose_column(
         targets, importance, total, num_rows, steps, most, most_shared, shared_step,
         shared, private, errors,
     )  # fmt: skip
-    half = most_shared * HALF
+    half, wide = most_shared * HALF, np.float32(shared_step)
     for r in range(num_rows):
-        shared_R[r] = shared[1, r] if errors[1, r] < errors[0, r] else shared[0, r]
+        low, high = shared[0, r], shared[1, r]
+        shared_R[r] = high if errors[1, r] < errors[0, r] else low
     for v in range(num_members):
         step, middle = steps[v], most[v] * HALF
-        found, level, low, high = private_VR[v], levels_VR[v], private[0, v], private[1, v]
         for r in range(num_rows):
-            found[r] = high[r] if errors[1, r] < errors[0, r] else low[r]
-            level[r] = (shared_R[r] - half) * np.float32(shared_step) + step * (found[r] - middle)
+            low, high = private[0, v, r], private[1, v, r]
+            found = high if errors[1, r] < errors[0, r] else low
+            private_VR[v, r] = found
+            levels_VR[v, r] = (shared_R[r] - half) * wide + step * (found - middle)
 
 
 @kernel
