@@ -39,7 +39,8 @@ class Scratch(NamedTuple):
         weights_VJ, importance_VJ, targets_VJ, total_J: of each place.
         weights_VGK, magnitudes_VGK, targets_VGK: the same memory, group by group, magnitudes as the
             integers that floats are.
-        shared_2J, private_2VJ, errors_2J: of the lower and of the higher shared code.
+        bases_2J, errors_2J: of the lower and of the higher shared code, level and errors.
+        codes_J: chosen.
         blocks_GBK, rest_GK: the first errors, group by group, in blocks of CHAINS * LANES, and what
             is left over.
         lanes: partial sums.
@@ -55,8 +56,8 @@ class Scratch(NamedTuple):
     weights_VGK: Any
     magnitudes_VGK: Any
     targets_VGK: Any
-    shared_2J: Any
-    private_2VJ: Any
+    bases_2J: Any
+    codes_J: Any
     errors_2J: Any
     blocks_GBK: Any
     rest_GK: Any
@@ -84,7 +85,7 @@ class Scratch(NamedTuple):
             weights_VJ.view(np.uint32).reshape(by_group),
             targets_VJ.reshape(by_group),
             np.zeros((2, run), np.float32),
-            np.zeros((2, num_members, run), np.float32),
+            np.zeros(run, np.float32),
             errors_2J,
             errors_GK[:, :in_blocks].reshape(num_groups, -1, CHAINS * LANES)
             if in_blocks
@@ -133,7 +134,7 @@ def round_groups(
     span = np.float32(shared_step << shared_bits) * HALF
     weights, importance, total = scratch.weights_VJ, scratch.importance_VJ, scratch.total_J
     weights_VGK, targets_VGK = scratch.weights_VGK, scratch.targets_VGK
-    shared, private, errors = scratch.shared_2J, scratch.private_2VJ, scratch.errors_2J
+    bases, codes, errors = scratch.bases_2J, scratch.codes_J, scratch.errors_2J
     unit, best, centre, least, factor, scale, error = scratch.of_groups
     number, bits = scratch.number, scratch.bits
     num_coarse, num_factors = len(coarse), len(coarse) + len(fine)
@@ -184,7 +185,7 @@ def round_groups(
                                 targets_VGK[v, g, k] = weights_VGK[v, g, k] / scale[g]
                     _weigh(
                         scratch.targets_VJ, importance, total, width, steps_NV[n], most_NV[n],
-                        most_shared, shared_step, shared, private, errors,
+                        most_shared, shared_step, bases, errors,
                     )  # fmt: skip
                     if attempt == num_factors:
                         break
@@ -199,19 +200,18 @@ def round_groups(
                 for g in range(num_groups):
                     scale_NRG[n, r, first // group + g] = scale[g]
                 if shared_NRC.size:
-                    for j in range(width):
-                        low, high = shared[0, j], shared[1, j]
-                        shared[0, j] = high if errors[1, j] < errors[0, j] else low
+                    _choose(bases, errors, width, most_shared, shared_step, codes)
                     found_C = shared_NRC[n, r, first : first + width]
                     for j in range(width):
-                        found_C[j] = np.uint8(np.int32(shared[0, j]))
+                        found_C[j] = np.uint8(np.int32(codes[j]))
                     for v in range(num_members):
-                        for j in range(width):
-                            low, high = private[0, v, j], private[1, v, j]
-                            private[0, v, j] = high if errors[1, j] < errors[0, j] else low
+                        _nearest(
+                            scratch.targets_VJ[v], bases[0], steps_NV[n, v], most_NV[n, v],
+                            codes[:width],
+                        )  # fmt: skip
                         found_C = private_NVRC[n, v, r, first : first + width]
                         for j in range(width):
-                            found_C[j] = np.uint8(np.int32(private[0, v, j]))
+                            found_C[j] = np.uint8(np.int32(codes[j]))
 
 
 @kernel
@@ -243,13 +243,9 @@ def feed_columns(
     """
     num_slots, num_members, num_columns, num_rows = left_NVBR.shape
     most_shared = np.float32((1 << shared_bits) - 1)
-    importance = np.empty((num_members, num_rows), np.float32)
-    wanted = np.empty((num_members, num_rows), np.float32)
-    targets = np.empty((num_members, num_rows), np.float32)
+    importance, wanted, targets = np.empty((3, num_members, num_rows), np.float32)
     total = np.empty(num_rows, np.float32)
-    shared = np.empty((2, num_rows), np.float32)
-    private = np.empty((2, num_members, num_rows), np.float32)
-    errors = np.empty((2, num_rows), np.float32)
+    bases, errors = np.empty((2, 2, num_rows), np.float32)
     for n in range(num_slots):
         for c in range(num_columns):
             scale = scale_NBR[n, c]
@@ -265,7 +261,7 @@ def feed_columns(
                     row[r] = left[r]
             _choose_column(
                 wanted, importance, total, scale, steps_NV[n], most_NV[n], most_shared,
-                shared_step, targets, shared, private, errors,
+                shared_step, targets, bases, errors,
                 levels_NVBR[n, :, c], shared_NBR[n, c], private_NVBR[n, :, c],
             )  # fmt: skip
             for v in range(num_members):
@@ -305,13 +301,9 @@ def descend_columns(
     """
     num_slots, num_members, num_columns, num_rows = slope_NVBR.shape
     most_shared = np.float32((1 << shared_bits) - 1)
-    importance = np.empty((num_members, num_rows), np.float32)
-    wanted = np.empty((num_members, num_rows), np.float32)
-    targets = np.empty((num_members, num_rows), np.float32)
+    importance, wanted, targets = np.empty((3, num_members, num_rows), np.float32)
     total = np.empty(num_rows, np.float32)
-    shared = np.empty((2, num_rows), np.float32)
-    private = np.empty((2, num_members, num_rows), np.float32)
-    errors = np.empty((2, num_rows), np.float32)
+    bases, errors = np.empty((2, 2, num_rows), np.float32)
     for n in range(num_slots):
         for c in range(num_columns):
             scale = scale_NBR[n, c]
@@ -327,7 +319,7 @@ def descend_columns(
                     row[r] = move[r] - slope[r] / curvature
             _choose_column(
                 wanted, importance, total, scale, steps_NV[n], most_NV[n], most_shared,
-                shared_step, targets, shared, private, errors,
+                shared_step, targets, bases, errors,
                 levels_NVBR[n, :, c], shared_NBR[n, c], private_NVBR[n, :, c],
             )  # fmt: skip
             for v in range(num_members):
@@ -342,104 +334,146 @@ def descend_columns(
 
 @kernel
 def _choose_column(
-    wanted: Any,
-    importance: Any,
-    total: Any,
-    scale: Any,
-    steps: Any,
-    most: Any,
+    wanted_VR: Any,
+    importance_VR: Any,
+    total_R: Any,
+    scale_R: Any,
+    steps_V: Any,
+    most_V: Any,
     most_shared: Any,
     shared_step: int,
-    targets: Any,
-    shared: Any,
-    private: Any,
-    errors: Any,
+    targets_VR: Any,
+    bases_2R: Any,
+    errors_2R: Any,
     levels_VR: Any,
     shared_R: Any,
     private_VR: Any,
 ) -> None:
     """Choose levels and codes of one column, whose rows have a scale each."""
-    num_members, num_rows = wanted.shape
+    num_members, num_rows = wanted_VR.shape
     for r in range(num_rows):
-        total[r] = max(total[r], TINIEST)
+        total_R[r] = max(total_R[r], TINIEST)
     for v in range(num_members):
-        row, target = wanted[v], targets[v]
         for r in range(num_rows):
-            target[r] = row[r] / scale[r]
+            targets_VR[v, r] = wanted_VR[v, r] / scale_R[r]
     _weigh(
-        targets, importance, total, num_rows, steps, most, most_shared, shared_step,
-        shared, private, errors,
+        targets_VR, importance_VR, total_R, num_rows, steps_V, most_V, most_shared, shared_step,
+        bases_2R, errors_2R,
     )  # fmt: skip
-    half, wide = most_shared * HALF, np.float32(shared_step)
-    for r in range(num_rows):
-        low, high = shared[0, r], shared[1, r]
-        shared_R[r] = high if errors[1, r] < errors[0, r] else low
+    _choose(bases_2R, errors_2R, num_rows, most_shared, shared_step, shared_R)
     for v in range(num_members):
-        step, middle = steps[v], most[v] * HALF
+        _nearest(targets_VR[v], bases_2R[0], steps_V[v], most_V[v], private_VR[v])
+        step, middle = steps_V[v], most_V[v] * HALF
         for r in range(num_rows):
-            low, high = private[0, v, r], private[1, v, r]
-            found = high if errors[1, r] < errors[0, r] else low
-            private_VR[v, r] = found
-            levels_VR[v, r] = (shared_R[r] - half) * wide + step * (found - middle)
+            levels_VR[v, r] = bases_2R[0, r] + step * (private_VR[v, r] - middle)
 
 
 @kernel
 def _weigh(
-    targets: Any,
-    importance: Any,
-    total: Any,
+    targets_VJ: Any,
+    importance_VJ: Any,
+    total_J: Any,
     width: int,
-    steps: Any,
-    most: Any,
+    steps_V: Any,
+    most_V: Any,
     most_shared: Any,
     shared_step: int,
-    shared: Any,
-    private: Any,
-    errors: Any,
+    bases_2J: Any,
+    errors_2J: Any,
 ) -> None:
-    """For the shared codes just below and above the members' mean: best private codes, errors.
+    """Find the shared levels just below and above the members' mean, and the errors beside each.
 
-    The error of a place is the sum over members of its square, weighed by importance.
+    Args:
+        targets_VJ: wanted, in units of the scale.
+        importance_VJ, total_J: of each place, and its sum over members.
+        width: places.
+        steps_V, most_V, most_shared, shared_step: the levels there are.
+        bases_2J: filled: the lower and the higher shared level.
+        errors_2J: filled: members' squared errors beside it, weighed by importance.
     """
     half, wide = most_shared * HALF, np.float32(shared_step)
     narrow = ONE / wide  # exact, since steps of shared codes are powers of two
     for j in range(width):
-        shared[0, j] = ZERO
-        errors[0, j] = ZERO
-        errors[1, j] = ZERO
-    for v in range(len(targets)):
+        bases_2J[0, j] = targets_VJ[0, j] * importance_VJ[0, j]
+    for v in range(1, len(targets_VJ)):
         for j in range(width):
-            shared[0, j] += targets[v, j] * importance[v, j]
+            bases_2J[0, j] += targets_VJ[v, j] * importance_VJ[v, j]
     for j in range(width):
-        place = (shared[0, j] / total[j]) * narrow + half
+        place = (bases_2J[0, j] / total_J[j]) * narrow + half
         # Beyond these both are the last code anyway, and the rounding below holds.
         place = min(max(place, -TWO), most_shared + TWO)
         floor = (place + ROUNDER) - ROUNDER
         floor = floor - ONE if floor > place else floor
-        shared[0, j] = min(max(floor, ZERO), most_shared)
-        shared[1, j] = min(max(floor + ONE, ZERO), most_shared)
-    for v in range(len(targets)):
-        step, last = steps[v], most[v]
-        middle = last * HALF
-        unit = max(step, ONE)
-        by_inverse = int(unit) & (int(unit) - 1) == 0  # the product is the quotient, and faster
-        inverse = ONE / unit
-        for side in range(2):
-            if by_inverse:
-                for j in range(width):
-                    private[side, v, j] = (
-                        targets[v, j] - (shared[side, j] - half) * wide
-                    ) * inverse
-            else:
-                for j in range(width):
-                    private[side, v, j] = (targets[v, j] - (shared[side, j] - half) * wide) / unit
+        bases_2J[0, j] = (min(max(floor, ZERO), most_shared) - half) * wide
+        bases_2J[1, j] = (min(max(floor + ONE, ZERO), most_shared) - half) * wide
+        errors_2J[0, j] = ZERO
+        errors_2J[1, j] = ZERO
+    for v in range(len(targets_VJ)):
+        step, last = steps_V[v], most_V[v]
+        middle, unit, inverse, exact = _division(step, last)
+        if exact:
             for j in range(width):
-                code = (min(max(private[side, v, j] + middle, ZERO), last) + ROUNDER) - ROUNDER
-                private[side, v, j] = code
-                missed = targets[v, j] - (
-                    (shared[side, j] - half) * wide + step * (code - middle)
-                )
-                errors[side, j] += missed * missed * importance[v, j]
+                target, weight = targets_VJ[v, j], importance_VJ[v, j]
+                low, high = bases_2J[0, j], bases_2J[1, j]
+                low_code = _clamped((target - low) * inverse + middle, last)
+                high_code = _clamped((target - high) * inverse + middle, last)
+                low_missed = target - (low + step * (low_code - middle))
+                high_missed = target - (high + step * (high_code - middle))
+                errors_2J[0, j] += low_missed * low_missed * weight
+                errors_2J[1, j] += high_missed * high_missed * weight
+        else:
+            for j in range(width):
+                target, weight = targets_VJ[v, j], importance_VJ[v, j]
+                low, high = bases_2J[0, j], bases_2J[1, j]
+                low_code = _clamped((target - low) / unit + middle, last)
+                high_code = _clamped((target - high) / unit + middle, last)
+                low_missed = target - (low + step * (low_code - middle))
+                high_missed = target - (high + step * (high_code - middle))
+                errors_2J[0, j] += low_missed * low_missed * weight
+                errors_2J[1, j] += high_missed * high_missed * weight
+
+
+@kernel
+def _choose(
+    bases_2J: Any,
+    errors_2J: Any,
+    width: int,
+    most_shared: Any,
+    shared_step: int,
+    shared_J: Any,
+) -> None:
+    """Put the better shared level first, and say which code it is."""
+    half, narrow = most_shared * HALF, ONE / np.float32(shared_step)
+    for j in range(width):
+        low, high = bases_2J[0, j], bases_2J[1, j]
+        bases_2J[0, j] = high if errors_2J[1, j] < errors_2J[0, j] else low
+    for j in range(width):
+        shared_J[j] = bases_2J[0, j] * narrow + half
+
+
+@kernel
+def _nearest(targets_J: Any, bases_J: Any, step: Any, last: Any, private_J: Any) -> None:
+    """A member's best private codes beside shared levels."""
+    middle, unit, inverse, exact = _division(step, last)
+    if exact:
+        for j in range(len(private_J)):
+            private_J[j] = _clamped((targets_J[j] - bases_J[j]) * inverse + middle, last)
+    else:
+        for j in range(len(private_J)):
+            private_J[j] = _clamped((targets_J[j] - bases_J[j]) / unit + middle, last)
+
+
+@kernel
+def _division(step: Any, last: Any) -> Any:
+    """Middle of the private codes; divisor; its inverse, and whether products are quotients."""
+    unit = max(step, ONE)
+    return last * HALF, unit, ONE / unit, int(unit) & (int(unit) - 1) == 0
+
+
+@kernel
+def _clamped(wanted: Any, last: Any) -> Any:
+    """The nearest private code, ties to even."""
+    return (min(max(wanted, ZERO), last) + ROUNDER) - ROUNDER
 
 
 @kernel
