@@ -18,7 +18,7 @@ __all__ = ["Scratch", "descend_columns", "feed_columns", "round_groups"]
 LANES, CHAINS = 16, 4
 """A group's errors are added up as a vector unit of so many lanes does it, in so many chains."""
 
-RUN = 512
+RUN = 1024
 """Columns of a row that are weighed at once, at least a group; a matter of speed alone."""
 
 ROUNDER = np.float32(1.5 * 2**23)
