@@ -33,7 +33,7 @@ __all__ = [
 SCRATCH_WEIGHTS = 2**22
 """Weights (float32) that each thread weighs at once; it holds about fifty copies of so many."""
 
-UNWEIGHED_SCRATCH = 2**19
+UNWEIGHED_SCRATCH = 2**18
 """The same where all weights matter alike: rounding them side by side needs no more."""
 
 Slots = Sequence[Sequence[ExpertRef]]

@@ -132,19 +132,20 @@ def consolidate(
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
                 planned = plan.layers[layer] if plan else None
+                loaded = reader.load(layer)  # while the layer before is being flushed
+                _settle(writer, report, layer, config.num_layers)
                 key = layer_key(
                     layer,
                     names,
                     config,
                     recipe,
                     planned,
-                    reader.load(layer),
+                    loaded,
                     learned.inputs[layer] if learned.inputs else None,
                     learned.statistics,
                 )
                 if finished := writer.take_over(layer, key):
                     layers.append(finished)
-                    report(Progress("experts", layer + 1, config.num_layers))
                     continue
                 shared = reader.decide(planned)
                 if nested is not None and plan is None:
@@ -166,7 +167,7 @@ def consolidate(
                     )
                     writer.write_coded_layer(shared, *coded)
                 writer.note_layer(key, recipe, shared)
-                report(Progress("experts", layer + 1, config.num_layers))
+            _settle(writer, report, config.num_layers, config.num_layers)
             _write_rest(checkpoints, writer, report)
             prediction = plan.prediction if plan else None
             done = ConsolidationPlan(recipe, tuple(layers), prediction)
@@ -248,6 +249,13 @@ def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator
             # What hardly any pack falls below; each layer's exact size is checked when it is due.
             require_disk(target.parent, checkpoints[0].num_bytes // 4)
         yield checkpoints
+
+
+def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> None:
+    """Wait until so many layers are safe, and say so."""
+    writer.settle()
+    if done:
+        report(Progress("experts", done, total))
 
 
 def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress) -> None:
