@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moeconsolidate.alignment import neuron_order, reorder_neurons, reorder_statistics
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.clustering import cluster_labels, identity_labels
 from moeconsolidate.importance import Statistics
 from moeconsolidate.plan import ExpertRef, LayerPlan, Recipe
 from moeconsolidate.signals import expert_outputs, neurons
@@ -103,6 +102,8 @@ class LayerReader:
 
     def _share(self, keys: Sequence[str]) -> list[int]:
         """Label the rows: equal labels share a slot."""
+        from moeconsolidate.clustering import cluster_labels, identity_labels
+
         if self._recipe.lossless:
             check_rows(self.experts_EP, describe=self._describe)
             return identity_labels(keys)

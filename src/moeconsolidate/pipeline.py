@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
+from threading import Thread
 
 from torch import Tensor
 
@@ -34,7 +36,7 @@ from moeconsolidate.planning import (
 )
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
-from moeconsolidate.threads import num_places, single_threaded_torch
+from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeconsolidate.writer import PackWriter, SlotColumns
 from moeruntime.families import ModelConfig
 from moeruntime.pack import Manifest
@@ -128,6 +130,7 @@ def consolidate(
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         if nested is not None:  # its pieces then run side by side, a thread each
             stack.enter_context(single_threaded_torch())
+        _load_libraries()
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
@@ -251,6 +254,11 @@ def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator
         yield checkpoints
 
 
+def _load_libraries() -> None:
+    """Load what the first layer needs once it has been read, while it is."""
+    Thread(target=import_module, args=("moeconsolidate.clustering",)).start()
+
+
 def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> None:
     """Wait until so many layers are safe, and say so."""
     writer.settle()
@@ -260,6 +268,9 @@ def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> No
 
 def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress) -> None:
     """Write what is not experts: other weights, and the small files of each variant."""
+    pairs = [(one, role) for one in checkpoints for role in one.config.non_expert_shapes()]
+    with single_threaded_torch():
+        side_by_side(lambda pair: pair[0].non_expert_digest(pair[1]), pairs)
     digests = []
     for idx, checkpoint in enumerate(checkpoints):
         digests.append(checkpoint.non_expert_digests())

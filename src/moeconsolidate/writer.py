@@ -236,8 +236,9 @@ class PackWriter:
                 for name, (idx, role) in zip(names, owners, strict=True)
             ]
             with TensorFileWriter(self._folder / path, declared) as file:
-                for name, (idx, role) in zip(names, owners, strict=True):
-                    file.append(name, read(idx, role))
+                tensors = in_order(lambda owner, _: read(*owner), owners)
+                for name, tensor in zip(names, tensors, strict=True):
+                    file.append(name, tensor)
                 self._add(path, file.finish())
 
     def write_side_files(self, variant_idx: int, files: Mapping[str, bytes]) -> None:
