@@ -27,7 +27,7 @@ from moeconsolidate.importance import Importance
 from moeruntime.codes import NestedCode, PrivateCode, decode, scale_columns
 from moeruntime.codes.nested import LEVEL_BITS
 
-__all__ = ["Feedback", "NestedCodes", "encode"]
+__all__ = ["Feedback", "NestedCodes", "encode", "warm_up"]
 
 Array = NDArray[np.float32]
 
@@ -36,6 +36,7 @@ BATCH_COLUMNS = 16
 
 COARSE_FACTORS, FINE_OFFSETS = (0.6, 0.8, 1.0), (-0.1, -0.05, 0.05, 0.1)
 """Scales tried, as parts of the one that just covers a group's largest weight."""
+
 
 @dataclass(frozen=True, slots=True)
 class NestedCodes:
@@ -54,7 +55,7 @@ class NestedCodes:
     rule: _Rule
 
     @property
-    def weights_NVRC(self) -> Tensor:
+    def weights_NVRC(self) -> Tensor:  # noqa: N802 - named like the fields
         """float32, what a reader will decode; made anew each time."""
         return torch.stack(
             [
@@ -113,6 +114,11 @@ def encode(
         )
         shared_NRC, private_NVRC = (found.to(torch.uint8) for found in chosen)
     return NestedCodes(shared_NRC, private_NVRC, scale_NRG.to(torch.bfloat16), rule)
+
+
+def warm_up() -> None:
+    """Load the kernels, which takes half a second, or seconds where they are compiled first."""
+    encode(torch.ones(1, 1, 1, 1), NestedCode(4, 32), [[PrivateCode(0, 0)]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +310,7 @@ class Feedback:
     outputs_NVR: Tensor
     blocks: list[_Block]
 
-    def rows(self, rows_S: Tensor) -> Feedback:
+    def rows(self, rows_S: Tensor | slice) -> Feedback:
         """The same for some of the outputs; columns keep their order."""
         return Feedback(self.outputs_NVR[..., rows_S].contiguous(), self.blocks)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from threading import Thread
@@ -22,6 +21,7 @@ from torch import Tensor
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format
 from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
+from moeconsolidate.encoding import warm_up
 from moeconsolidate.importance import Statistics
 from moeconsolidate.journal import layer_key
 from moeconsolidate.layers import LayerReader
@@ -130,7 +130,7 @@ def consolidate(
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         if nested is not None:  # its pieces then run side by side, a thread each
             stack.enter_context(single_threaded_torch())
-        _load_libraries()
+        _load_libraries(nested is not None)
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             for layer in range(config.num_layers):
@@ -254,9 +254,16 @@ def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator
         yield checkpoints
 
 
-def _load_libraries() -> None:
+def _load_libraries(nested: bool) -> None:
     """Load what the first layer needs once it has been read, while it is."""
-    Thread(target=import_module, args=("moeconsolidate.clustering",)).start()
+
+    def load() -> None:
+        import moeconsolidate.clustering  # noqa: F401
+
+        if nested:
+            warm_up()
+
+    Thread(target=load).start()
 
 
 def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> None:

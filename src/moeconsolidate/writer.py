@@ -1,7 +1,8 @@
 """Writes a pack, a layer at a time, and publishes it whole.
 
-The order: `write_layer` and `note_layer` for each layer, `write_non_expert`, `write_side_files`, `finish`. What has
-been asked for decides every byte; nothing about the machine, the time or the place goes in.
+The order: `write_layer` and `note_layer` for each layer, `write_non_expert`, `write_side_files`,
+`finish`. What has been asked for decides every byte; nothing about the machine, the time or the
+place goes in.
 """
 
 from __future__ import annotations
