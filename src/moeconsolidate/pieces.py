@@ -34,7 +34,7 @@ SCRATCH_WEIGHTS = 2**22
 """Weights (float32) that each thread weighs at once; it holds about fifty copies of so many."""
 
 UNWEIGHED_SCRATCH = 2**19
-"""The same where all weights matter alike: rounding them side by side needs no more."""
+"""The same where all weights matter alike, so that what a thread looks at stays near."""
 
 Slots = Sequence[Sequence[ExpertRef]]
 

@@ -160,15 +160,17 @@ def consolidate(
                     merged = _merger(rule, shared, reader.experts_EP, config, statistics)
                     writer.write_layer(shared, merged)
                 else:
-                    coded = code_layer(
+                    writer.write_coded_layer(
                         shared,
-                        reader.experts_EP,
-                        config,
-                        nested,
-                        statistics,
-                        num_variants=len(names),
+                        *code_layer(
+                            shared,
+                            reader.experts_EP,
+                            config,
+                            nested,
+                            statistics,
+                            num_variants=len(names),
+                        ),
                     )
-                    writer.write_coded_layer(shared, *coded)
                 writer.note_layer(key, recipe, shared)
             _settle(writer, report, config.num_layers, config.num_layers)
             _write_rest(checkpoints, writer, report)
