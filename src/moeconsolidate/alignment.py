@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import overload
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moeconsolidate.importance import ExpertStatistics, Statistics, column_blocks
@@ -38,6 +37,8 @@ def neuron_order(expert_P: Tensor, reference_P: Tensor, config: ModelConfig) -> 
     Returns:
         order_I, int64: neuron `order_I[i]` belongs in place i.
     """
+    from scipy.optimize import linear_sum_assignment  # loads for a while, and is rarely needed
+
     match_II = torch.zeros(config.intermediate_size, config.intermediate_size)
     for ours, theirs in zip(
         _by_neuron(expert_P, config), _by_neuron(reference_P, config), strict=True

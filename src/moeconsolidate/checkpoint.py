@@ -162,6 +162,8 @@ class Checkpoint:
     def read_non_expert(self, role: str) -> Tensor:
         """Read one non-expert tensor, in its stored dtype and shape.
 
+        Safe to call from several threads.
+
         Raises:
             CheckpointError: it cannot be read, or a weight is not finite.
         """
@@ -175,12 +177,18 @@ class Checkpoint:
             self._digests[role] = TensorDigest.of(tensor)
         return tensor
 
+    def non_expert_digest(self, role: str) -> TensorDigest:
+        """Dtype, shape and digest of a non-expert tensor, which is read unless it has been.
+
+        Safe to call from several threads for different tensors.
+        """
+        if role not in self._digests:
+            self.read_non_expert(role)
+        return self._digests[role]
+
     def non_expert_digests(self) -> dict[str, TensorDigest]:
-        """Dtype, shape and digest of every non-expert tensor, by role; reads them one by one."""
-        for role in self._non_expert:
-            if role not in self._digests:
-                self.read_non_expert(role)
-        return {role: self._digests[role] for role in self._non_expert}
+        """Those of all non-expert tensors, by role."""
+        return {role: self.non_expert_digest(role) for role in self._non_expert}
 
     def content_sha256(self) -> str:
         """Digest of the whole model (see `digest`), once every tensor has been read."""

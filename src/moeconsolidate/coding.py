@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,14 @@ from moeconsolidate.importance import Statistics
 from moeconsolidate.pieces import Piece, encode_piece, pieces_of
 from moeconsolidate.plan import ExpertRef, LayerPlan
 from moeconsolidate.threads import side_by_side
-from moeruntime.codes import NestedCode, decode, pack_planes, plane_shapes, unpack_planes
+from moeruntime.codes import (
+    NestedCode,
+    decode,
+    pack_planes,
+    plane_shapes,
+    scale_columns,
+    unpack_planes,
+)
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import EXPERT_PARTS
 
@@ -57,28 +63,45 @@ def code_layer(
     """
     shared: dict[str, Tensor] = {}
     private: list[dict[str, Tensor]] = [{} for _ in range(num_variants)]
-
-    def code_slots(piece: Piece) -> list[_PackedSlot]:
-        return _pack(piece, experts_EP, config, nested[piece.part], statistics)
-
-    for part in EXPERT_PARTS:
-        if part == "down" and correct_downs:
-            correct_downs(stored_weights(plan, "gate_up", shared, private, config, nested))
-        pieces = [piece for piece in pieces_of(plan, config) if piece.part == part]
-        of_part = {
-            slot: one
-            for piece, slots in zip(pieces, side_by_side(code_slots, pieces), strict=True)
-            for slot, one in zip(piece.slots, slots, strict=True)
-        }
-        in_order = [of_part[slot] for slot in range(len(plan.slots))]
-        for width in in_order[0].shared:
-            shared[f"{part}.{width}"] = torch.stack([one.shared[width] for one in in_order])
-        shared[f"{part}.scale"] = torch.stack([one.scale for one in in_order])
-        for members, one in zip(plan.slots, in_order, strict=True):
-            for member, planes in zip(members, one.private, strict=True):
-                for width, plane in planes.items():
+    for idx, part in enumerate(EXPERT_PARTS):
+        num_rows, num_columns = shape = config.part_shapes[part]
+        for width, size in plane_shapes(*shape, nested[part].shared_bits).items():
+            shared[f"{part}.{width}"] = torch.empty(len(plan.slots), *size, dtype=torch.uint8)
+        scales = scale_columns(num_columns, nested[part].group)
+        shared[f"{part}.scale"] = torch.empty(
+            len(plan.slots), num_rows, scales, dtype=torch.bfloat16
+        )
+        for members, codes in zip(plan.slots, plan.codes, strict=True):
+            for member, pair in zip(members, codes, strict=True):
+                for width, size in plane_shapes(*shape, pair[idx].bits).items():
                     name = f"experts.{member.expert}.{part}.{width}"
-                    private[member.variant_idx][name] = plane
+                    private[member.variant_idx][name] = torch.empty(size, dtype=torch.uint8)
+
+    def code_slots(piece: Piece) -> None:
+        part, code = piece.part, nested[piece.part]
+        start = 0
+        for coded in encode_piece(piece, experts_EP, config, code, statistics, sweeps=2):
+            rows = slice(start, start + coded.scale_NRG.shape[1])
+            start = rows.stop
+            for n, slot in enumerate(piece.slots):
+                shared[f"{part}.scale"][slot, rows] = coded.scale_NRG[n]
+                planes = pack_planes(coded.shared_NRC[n], code.shared_bits)
+                for width, plane in planes.items():
+                    shared[f"{part}.{width}"][slot, rows] = plane
+                for v, (member, one) in enumerate(
+                    zip(piece.members[n], piece.codes[n], strict=True)
+                ):
+                    for width, plane in pack_planes(coded.private_NVRC[n, v], one.bits).items():
+                        name = f"experts.{member.expert}.{part}.{width}"
+                        private[member.variant_idx][name][rows] = plane
+
+    pieces = pieces_of(plan, config)
+    if correct_downs is None:
+        side_by_side(code_slots, pieces)
+    else:
+        side_by_side(code_slots, [piece for piece in pieces if piece.part == "gate_up"])
+        correct_downs(stored_weights(plan, "gate_up", shared, private, config, nested))
+        side_by_side(code_slots, [piece for piece in pieces if piece.part == "down"])
     return shared, [dict(sorted(tensors.items())) for tensors in private]
 
 
@@ -152,38 +175,4 @@ def decode_layer(
             for expert in range(config.num_experts)
         ]
         for variant in range(len(statistics))
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class _PackedSlot:
-    """One part of a slot as it is stored: planes by width, scales, each member's planes."""
-
-    shared: dict[int, Tensor]
-    scale: Tensor
-    private: list[dict[int, Tensor]]
-
-
-def _pack(
-    piece: Piece,
-    experts_EP: Tensor,
-    config: ModelConfig,
-    code: NestedCode,
-    statistics: Sequence[Statistics] | None,
-) -> list[_PackedSlot]:
-    """Code a piece and pack it."""
-    # What a reader will decode is as large as the weights, and is not stored: let it go.
-    coded = [
-        (one.shared_NRC, one.private_NVRC, one.scale_NRG)
-        for one in encode_piece(piece, experts_EP, config, code, statistics, sweeps=2)
-    ]
-    parts = zip(zip(*coded, strict=True), (1, 2, 1), strict=True)
-    shared_NRC, private_NVRC, scale_NRG = (torch.cat(part, dim=rows) for part, rows in parts)
-    return [
-        _PackedSlot(
-            pack_planes(shared_NRC[n], code.shared_bits),
-            scale_NRG[n],
-            [pack_planes(private_NVRC[n, v], one.bits) for v, one in enumerate(codes)],
-        )
-        for n, codes in enumerate(piece.codes)
     ]

@@ -22,7 +22,7 @@ import torch
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import nested_format
 from moeconsolidate.encoding import encode
-from moeconsolidate.pieces import SCRATCH_WEIGHTS, UNWEIGHED_SCRATCH
+from moeconsolidate.pieces import UNWEIGHED_SCRATCH
 from moeconsolidate.plan import Recipe, default_code
 from moeconsolidate.planning import resolve_recipe
 from moeconsolidate.similarity import cosine_similarity
@@ -34,17 +34,17 @@ from moeruntime.pack.manifest import EXPERT_PARTS
 
 __all__ = ["Estimate", "dry_run"]
 
-CODING_COPIES, PACKING_COPIES = 50, 8
-"""What a thread holds at most, as float32 copies of what it rounds at once, and of its piece of
-work while that is packed: measured by benchmarks/consolidate.py."""
+CODING_COPIES = 4
+"""What a thread holds at most, as float32 copies of what it rounds at once."""
 
-PROCESS_BYTES = 100_000_000
-"""Modules and threads of a consolidation that a dry run does not have."""
+PROCESS_BYTES, KERNEL_BYTES = 100_000_000, 150_000_000
+"""Modules and threads of a consolidation that a dry run does not have, and a compiler of kernels:
+measured by benchmarks/consolidate.py."""
 
 STRIPE_BYTES = 2**21
 """What a thread compares at once, in float64."""
 
-PROBE_ROWS = 64
+PROBE_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +158,8 @@ def _memory_bytes(checkpoints: Sequence[Checkpoint], recipe: Recipe, most_bytes:
     if recipe.code == "plain":
         beside = num_places() * first.expert_num_bytes + num_threads * STRIPE_BYTES
     else:
-        # The layer's codes, piece by piece and then stacked.
-        beside = 2 * most_bytes // config.num_layers
-        a_slot = 2 * len(checkpoints) * config.intermediate_size * config.hidden_size
-        piece = max(SCRATCH_WEIGHTS, a_slot)
-        weights = CODING_COPIES * UNWEIGHED_SCRATCH + PACKING_COPIES * piece
-        beside += num_threads * 4 * weights
+        beside = most_bytes // config.num_layers + KERNEL_BYTES  # a layer's codes
+        beside += num_threads * 4 * CODING_COPIES * UNWEIGHED_SCRATCH
     rest = max(first.non_expert_num_bytes(role) for role in config.non_expert_shapes())
     process = peak_bytes(torch.device("cpu")) + PROCESS_BYTES
     return process + layer + max(beside, 2 * rest)

@@ -241,6 +241,6 @@ class Importance:
             per_row = per_row + ((error_NVRK @ block_NVKK) * error_NVRK).sum(dim=-1)
         return (per_row * self.outputs_NVR).sum(dim=-1)
 
-    def rows(self, rows_S: Tensor) -> Importance:
+    def rows(self, rows_S: Tensor | slice) -> Importance:
         """The same for some of the outputs."""
         return Importance(self.inputs_NVKK, self.outputs_NVR[..., rows_S])

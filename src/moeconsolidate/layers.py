@@ -15,12 +15,11 @@ from torch import Tensor
 
 from moeconsolidate.alignment import neuron_order, reorder_neurons, reorder_statistics
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.clustering import cluster_labels, identity_labels
 from moeconsolidate.importance import Statistics
 from moeconsolidate.plan import ExpertRef, LayerPlan, Recipe
 from moeconsolidate.signals import expert_outputs, neurons
 from moeconsolidate.similarity import check_rows, cosine_similarity, linear_cka
-from moeconsolidate.threads import side_by_side, single_threaded_torch
+from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeruntime.errors import ResourceError
 
 __all__ = ["LayerReader"]
@@ -103,6 +102,8 @@ class LayerReader:
 
     def _share(self, keys: Sequence[str]) -> list[int]:
         """Label the rows: equal labels share a slot."""
+        from moeconsolidate.clustering import cluster_labels, identity_labels
+
         if self._recipe.lossless:
             check_rows(self.experts_EP, describe=self._describe)
             return identity_labels(keys)
@@ -172,5 +173,5 @@ def _read_layer(checkpoints: Sequence[Checkpoint], layer: int, experts_EP: Tenso
         idx, expert = divmod(row, num_experts)
         return checkpoints[idx].read_expert(layer, expert, out=experts_EP[row])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(num_places() - 1) as pool:
         return list(pool.map(read, range(len(experts_EP))))

@@ -34,7 +34,7 @@ SCRATCH_WEIGHTS = 2**21
 """Weights (float32) that each thread weighs at once; it holds about fifty copies of so many."""
 
 UNWEIGHED_SCRATCH = 2**19
-"""The same where all weights matter alike: rounding them side by side needs no more."""
+"""The same where all weights matter alike, so that what a thread looks at stays near."""
 
 Slots = Sequence[Sequence[ExpertRef]]
 
@@ -95,7 +95,9 @@ def encode_piece(
     feedback = Feedback.of(importance) if importance else None
     scratch = SCRATCH_WEIGHTS if sweeps == 0 or statistics else UNWEIGHED_SCRATCH
     at_once = piece.rows_at_once(config, scratch)
-    for rows in torch.arange(config.part_shapes[piece.part][0]).split(at_once):
+    num_rows = config.part_shapes[piece.part][0]
+    for start in range(0, num_rows, at_once):
+        rows = slice(start, min(start + at_once, num_rows))
         weights_NVRC = gather(experts_EP, piece.members, piece.part, config, rows)
         yield encode(
             weights_NVRC,
@@ -108,23 +110,17 @@ def encode_piece(
 
 
 def gather(
-    experts_EP: Tensor, slots: Slots, part: str, config: ModelConfig, rows: Tensor
+    experts_EP: Tensor, slots: Slots, part: str, config: ModelConfig, rows: Tensor | slice
 ) -> Tensor:
     """Some rows of members' matrices, [N, V, R, C] in float32."""
     columns, width = config.part_columns(part), config.part_shapes[part][1]
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    experts_EP[ref.variant_idx * config.num_experts + ref.expert, columns]
-                    .view(-1, width)[rows]
-                    .float()
-                    for ref in members
-                ]
-            )
-            for members in slots
-        ]
-    )
+    matrices_ERC = experts_EP[:, columns].unflatten(1, (-1, width))
+    num_rows = len(torch.arange(matrices_ERC.shape[1])[rows])
+    weights_NVRC = torch.empty(len(slots), len(slots[0]), num_rows, width)
+    for weights_VRC, members in zip(weights_NVRC, slots, strict=True):
+        for weights_RC, ref in zip(weights_VRC, members, strict=True):
+            weights_RC.copy_(matrices_ERC[ref.variant_idx * config.num_experts + ref.expert, rows])
+    return weights_NVRC
 
 
 def importance_of(

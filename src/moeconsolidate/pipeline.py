@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from threading import Thread
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format, stored_weights
 from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
 from moeconsolidate.compensation import Compensation
+from moeconsolidate.encoding import warm_up
 from moeconsolidate.importance import Statistics
 from moeconsolidate.journal import layer_key
 from moeconsolidate.layers import LayerReader
@@ -36,7 +38,7 @@ from moeconsolidate.planning import (
 )
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
-from moeconsolidate.threads import num_places, single_threaded_torch
+from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeconsolidate.writer import PackWriter, SlotColumns
 from moeruntime.codes import NestedCode
 from moeruntime.families import ModelConfig
@@ -131,6 +133,7 @@ def consolidate(
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         if nested is not None:  # its pieces then run side by side, a thread each
             stack.enter_context(single_threaded_torch())
+        _load_libraries(nested is not None)
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             compensation, key = None, None
@@ -138,13 +141,15 @@ def consolidate(
                 compensation = Compensation(checkpoints, learned.learned, learned.held_out)
             for layer in range(config.num_layers):
                 planned = plan.layers[layer] if plan else None
+                loaded = reader.load(layer)  # while the layer before is being flushed
+                _settle(writer, report, layer, config.num_layers)
                 key = layer_key(
                     layer,
                     names,
                     config,
                     recipe,
                     planned,
-                    reader.load(layer),
+                    loaded,
                     learned.inputs[layer] if learned.inputs else None,
                     learned.statistics,
                     key if compensation else None,
@@ -154,7 +159,6 @@ def consolidate(
                     if compensation and nested is not None:
                         coded = writer.read_coded_layer(finished)
                         compensation.advance(layer, _experts(finished, coded, config, nested))
-                    report(Progress("experts", layer + 1, config.num_layers))
                     continue
                 shared = reader.decide(planned)
                 if nested is not None and plan is None:
@@ -180,8 +184,9 @@ def consolidate(
                     if compensation:
                         compensation.advance(layer, _experts(shared, coded, config, nested))
                     writer.write_coded_layer(shared, *coded)
+                    del coded  # the writer lets go of it once it is written
                 writer.note_layer(key, recipe, shared)
-                report(Progress("experts", layer + 1, config.num_layers))
+            _settle(writer, report, config.num_layers, config.num_layers)
             _write_rest(checkpoints, writer, report)
             prediction = plan.prediction if plan else None
             done = ConsolidationPlan(recipe, tuple(layers), prediction)
@@ -278,8 +283,30 @@ def _experts(
     return [list(zip(*both, strict=True)) for both in zip(gate_up, down, strict=True)]
 
 
+def _load_libraries(nested: bool) -> None:
+    """Load what the first layer needs once it has been read, while it is."""
+
+    def load() -> None:
+        import moeconsolidate.clustering  # noqa: F401
+
+        if nested:
+            warm_up()
+
+    Thread(target=load).start()
+
+
+def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> None:
+    """Wait until so many layers are safe, and say so."""
+    writer.settle()
+    if done:
+        report(Progress("experts", done, total))
+
+
 def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress) -> None:
     """Write what is not experts: other weights, and the small files of each variant."""
+    pairs = [(one, role) for one in checkpoints for role in one.config.non_expert_shapes()]
+    with single_threaded_torch():
+        side_by_side(lambda pair: pair[0].non_expert_digest(pair[1]), pairs)
     digests = []
     for idx, checkpoint in enumerate(checkpoints):
         digests.append(checkpoint.non_expert_digests())

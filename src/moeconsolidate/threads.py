@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 import torch
 
-__all__ = ["in_order", "num_places", "side_by_side", "single_threaded_torch"]
+__all__ = ["Behind", "in_order", "num_places", "side_by_side", "single_threaded_torch"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -76,6 +77,43 @@ def in_order(work: Callable[[T, int], R], items: Iterable[T]) -> Iterator[R]:
             result = waiting.popleft().result()
             begin_next()  # in the place of the result before this one
             yield result
+
+
+class Behind:
+    """Does one thing in the background while its owner does the next: waiting for a disk, mostly.
+
+    What fails there is raised by the next `do` or `wait`. On the way out the last thing is waited
+    for, and its failure counts unless there was another before it.
+    """
+
+    def __init__(self) -> None:
+        """Start nothing yet."""
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown()
+        if problem is None:
+            self.wait()
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Begin, once what came before has ended well."""
+        self.wait()
+        self._running = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Return when nothing is left to do."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
 
 def num_places() -> int:

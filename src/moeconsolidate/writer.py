@@ -1,7 +1,8 @@
 """Writes a pack, a layer at a time, and publishes it whole.
 
-The order: `write_layer` for each layer, `write_non_expert`, `write_side_files`, `finish`. What has
-been asked for decides every byte; nothing about the machine, the time or the place goes in.
+The order: `write_layer` and `note_layer` for each layer, `write_non_expert`, `write_side_files`,
+`finish`. What has been asked for decides every byte; nothing about the machine, the time or the
+place goes in.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from moeconsolidate.publish import (
     staged_folder,
     write_file,
 )
-from moeconsolidate.threads import in_order
+from moeconsolidate.threads import Behind, in_order
 from moeruntime import __version__
 from moeruntime.codes import NestedCode
 from moeruntime.errors import IntegrityError, MoecError, ResourceError
@@ -77,6 +78,7 @@ class PackWriter:
         self._files: dict[str, PackedFile] = {}
         self._tensors: list[dict[str, TensorRef]] = [{} for _ in names]
         self._tensor_bytes = self._reserved_bytes = 0
+        self._behind, self._due = Behind(), list[Callable[[], None]]()
         for inside in ("experts", *map(variant_folder, self._names)):
             (folder / inside).mkdir(parents=True, exist_ok=True)
 
@@ -117,10 +119,13 @@ class PackWriter:
         with staged_folder(target, kept=kept) as staging:
             folder = staging / PACK_FOLDER
             journal = Journal(staging / JOURNAL_FOLDER, folder)
-            yield cls(folder, names, family, config, expert_dtype, journal)
+            writer = cls(folder, names, family, config, expert_dtype, journal)
+            with writer._behind:
+                yield writer
 
     def take_over(self, layer: int, key: str) -> LayerPlan | None:
         """Keep what an earlier run wrote of a layer, if its key was the same; returns its plan."""
+        self.settle()
         finished = self._journal.take_over(layer, key)
         if finished is None:
             return None
@@ -129,10 +134,25 @@ class PackWriter:
         return finished.plan
 
     def note_layer(self, key: str, recipe: Recipe, plan: LayerPlan) -> None:
-        """Let whoever comes after a crash know that a layer has been written."""
+        """Flush a layer that has been written, and let whoever comes after a crash know of it.
+
+        That happens in the background, while the next layer is read; `settle` waits for it.
+        """
+        due, self._due = self._due, []
         paths = (layer_file(plan.layer), *(private_file(one, plan.layer) for one in self._names))
-        files = {path: self._files[path] for path in paths if path in self._files}
-        self._journal.note(key, recipe, FinishedLayer(plan, files, self._reserved_bytes))
+        num_bytes = self._reserved_bytes
+
+        def finish() -> None:
+            for work in due:
+                work()
+            files = {path: self._files[path] for path in paths if path in self._files}
+            self._journal.note(key, recipe, FinishedLayer(plan, files, num_bytes))
+
+        self._behind.do(finish)
+
+    def settle(self) -> None:
+        """Wait until the last layer is on the disk; raises what went wrong with that."""
+        self._behind.wait()
 
     def write_layer(self, plan: LayerPlan, slot_columns: SlotColumns) -> None:
         """Write one layer's experts: gate_up of all slots, then down (`ModelConfig.part_shapes`).
@@ -154,15 +174,19 @@ class PackWriter:
                 1, *tensors[name]
             )
 
-        with TensorFileWriter(self._folder / path, declared) as file:
+        file = TensorFileWriter(self._folder / path, declared)
+        try:
             for (name, _), merged in zip(pieces, in_order(merge, pieces), strict=True):
                 file.append(name, merged)
-            self._add(path, file.finish())
+        except BaseException:
+            file.close()
+            raise
+        self._due.append(lambda: self._add(path, file.finish()))
 
     def write_coded_layer(
         self, plan: LayerPlan, shared: Mapping[str, Tensor], private: Sequence[Mapping[str, Tensor]]
     ) -> None:
-        """Write one layer's nested codes.
+        """Write one layer's nested codes, in the background once `note_layer` is called.
 
         Args:
             plan: the layer.
@@ -176,6 +200,9 @@ class PackWriter:
             if tensors
         }
         self._reserve(sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+        self._due.append(lambda: self._write_tensors(files))
+
+    def _write_tensors(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         for path, tensors in files.items():
             (self._folder / path).parent.mkdir(parents=True, exist_ok=True)
             declared = [(name, one.dtype, tuple(one.shape)) for name, one in tensors.items()]
@@ -224,8 +251,9 @@ class PackWriter:
                 for name, (idx, role) in zip(names, owners, strict=True)
             ]
             with TensorFileWriter(self._folder / path, declared) as file:
-                for name, (idx, role) in zip(names, owners, strict=True):
-                    file.append(name, read(idx, role))
+                tensors = in_order(lambda owner, _: read(*owner), owners)
+                for name, tensor in zip(names, tensors, strict=True):
+                    file.append(name, tensor)
                 self._add(path, file.finish())
 
     def write_side_files(self, variant_idx: int, files: Mapping[str, bytes]) -> None:

@@ -365,6 +365,10 @@ class TensorFileWriter:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file up, or back after `finish`."""
         self._file.close()
 
     def append(self, name: str, tensor: Tensor) -> None:

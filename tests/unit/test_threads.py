@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moeconsolidate.threads import in_order, num_places, side_by_side, single_threaded_torch
+from moeconsolidate.threads import Behind, in_order, num_places, side_by_side, single_threaded_torch
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +84,38 @@ def test_what_goes_wrong_ahead_is_raised_in_its_turn() -> None:
         for result in in_order(work, range(6)):
             taken.append(result)
     assert taken == [3, 5, 10]
+
+
+def test_behind_does_one_thing_at_a_time_in_order() -> None:
+    go, done = threading.Event(), list[int]()
+
+    def work(number: int) -> None:
+        assert go.wait(timeout=30)
+        done.append(number)
+
+    with Behind() as behind:
+        behind.do(lambda: work(1))
+        assert done == []  # it does not wait
+        go.set()
+        behind.do(lambda: work(2))
+        assert done[0] == 1
+        behind.wait()
+        assert done == [1, 2]
+        behind.do(lambda: work(3))
+    assert done == [1, 2, 3]
+
+
+def test_what_fails_behind_is_told_once() -> None:
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with Behind() as behind:
+        behind.do(fail)
+        with pytest.raises(OSError, match="No space"):
+            behind.wait()
+        behind.wait()
+    with pytest.raises(OSError, match="No space"), Behind() as behind:
+        behind.do(fail)
+    with pytest.raises(ValueError, match="the first"), Behind() as behind:
+        behind.do(fail)
+        raise ValueError("the first")

@@ -26,6 +26,7 @@ from moeconsolidate.options import (
     print_json,
     texts_of,
 )
+from moeconsolidate.startup import undisturbed_imports
 from moeruntime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -83,11 +84,12 @@ def consolidate(
       moec consolidate base=org/base math=org/math@v2 --out pack
       moec consolidate --recipe recipe.toml --out pack --json
     """
-    from moeconsolidate.console import print_summary, progress
-    from moeconsolidate.pipeline import consolidate as compile_pack
-    from moeconsolidate.recipe_file import read_request
-    from moeconsolidate.report import summarise
-    from moeruntime.pack import Pack
+    with undisturbed_imports():
+        from moeconsolidate.console import print_summary, progress
+        from moeconsolidate.pipeline import consolidate as compile_pack
+        from moeconsolidate.recipe_file import read_request
+        from moeconsolidate.report import summarise
+        from moeruntime.pack import Pack
 
     request = read_request(
         recipe,
@@ -165,12 +167,13 @@ def make_plan(
       moec plan base=mini-base math=mini-math --budget 0.4x --out plan.json
       moec consolidate base=mini-base math=mini-math --plan plan.json --out pack
     """
-    from moeconsolidate.console import print_estimate, print_plan, progress
-    from moeconsolidate.dry_run import dry_run as estimate_of
-    from moeconsolidate.pipeline import make_plan as decide
-    from moeconsolidate.publish import write_file
-    from moeconsolidate.recipe_file import read_request
-    from moeruntime.strict_json import canonical_json
+    with undisturbed_imports():
+        from moeconsolidate.console import print_estimate, print_plan, progress
+        from moeconsolidate.dry_run import dry_run as estimate_of
+        from moeconsolidate.pipeline import make_plan as decide
+        from moeconsolidate.publish import write_file
+        from moeconsolidate.recipe_file import read_request
+        from moeruntime.strict_json import canonical_json
 
     if dry_run and out is not None:
         raise UsageError("--dry-run decides nothing that --out could hold; leave one out")

@@ -49,12 +49,14 @@ def pack_planes(codes_RC: Tensor, bits: int) -> dict[int, Tensor]:
     above = bits
     for width, (_, row_bytes) in plane_shapes(num_rows, num_columns, bits).items():
         above -= width
-        fields = (codes_RC.int() >> above) & (2**width - 1)
-        padded = torch.zeros(num_rows, row_bytes * (BYTE_BITS // width), dtype=torch.int32)
-        padded[:, :num_columns] = fields
-        shifts = torch.arange(0, BYTE_BITS, width, dtype=torch.int32)[:, None]
-        fields = padded.view(num_rows, -1, row_bytes) << shifts
-        planes[width] = fields.sum(dim=1, dtype=torch.int32).to(torch.uint8)
+        fields_RC = codes_RC >> above if above else codes_RC
+        if above + width < bits:
+            fields_RC = fields_RC & (2**width - 1)
+        plane = torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
+        for number, start in enumerate(range(0, num_columns, row_bytes)):
+            run_RJ = fields_RC[:, start : start + row_bytes]
+            plane[:, : run_RJ.shape[1]] |= run_RJ << number * width
+        planes[width] = plane
     return planes
 
 

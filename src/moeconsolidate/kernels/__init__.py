@@ -1,0 +1,8 @@
+"""The compiler's inner loops, compiled by numba: choosing nested codes, summing 16-bit weights.
+
+Each function here is one thread's work on plain arrays and lets go of the interpreter, so that
+`moeconsolidate.threads` decides what runs side by side. Nothing is reassociated or contracted: a
+sum has the order that its loop says, on any machine, and pack bytes follow from that.
+
+Importing any of these modules loads numba, so who needs them imports them late.
+"""
