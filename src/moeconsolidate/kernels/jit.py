@@ -21,7 +21,7 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     compiled: Any = njit(nogil=True, error_model="numpy")(function)
     with suppress(RuntimeError):  # nowhere to keep it
-        compiled._cache = _Cache(function)
+        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     return compiled  # type: ignore[no-any-return]
 
 
