@@ -196,8 +196,10 @@ def fail_everywhere(
     models: list[Path], target: Path, expected: Digests, *, stride: int = 1
 ) -> dict[str, int]:
     """Let every operation, or every so many-th, fail once; returns how many of each did."""
+    from moeconsolidate.encoding import warm_up
     from moeruntime.errors import ResourceError
 
+    warm_up()  # looks for a folder to keep machine code in, once, and may do without
     with faults(None) as operations:
         compile_pack(models, target)
     shutil.rmtree(target)
