@@ -40,10 +40,10 @@ def two(checkpoints: Folders) -> Folders:
 def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibrate on so little that it takes a second."""
     for name in ("NUM_WINDOWS", "NUM_SAMPLED_WINDOWS"):
-        monkeypatch.setattr(texts, name, 2)
+        monkeypatch.setattr(texts, name, 4)
     for name in ("NUM_HELD_OUT", "NUM_SAMPLED_HELD_OUT"):
         monkeypatch.setattr(texts, name, 1)
-    monkeypatch.setattr(texts, "WINDOW_TOKENS", 64)
+    monkeypatch.setattr(texts, "WINDOW_TOKENS", 128)
 
 
 @pytest.fixture
