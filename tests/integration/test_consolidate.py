@@ -239,7 +239,7 @@ def test_nothing_of_the_machine_is_in_a_pack(pack: Path, checkpoints: Folders) -
 def test_one_layer_of_all_variants_is_all_there_is(
     checkpoints: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each expert is read once, into one buffer, and a layer is written before the next is read."""
+    """Each expert is read once, into one buffer, while no more than one layer is being written."""
     reads: list[tuple[str, int, int]] = []
     buffers: set[int] = set()
     original = Checkpoint.read_expert
@@ -249,7 +249,7 @@ def test_one_layer_of_all_variants_is_all_there_is(
         buffers.add(out.untyped_storage().data_ptr())
         assert out.untyped_storage().nbytes() == 4 * 8 * out.nbytes
         staging = tmp_path / ".pack.partial" / "pack"
-        assert len(list((staging / "experts").iterdir())) == layer
+        assert layer - 1 <= len(list((staging / "experts").iterdir())) <= layer
         return original(self, layer, expert, out=out)
 
     monkeypatch.setattr(Checkpoint, "read_expert", spy)
