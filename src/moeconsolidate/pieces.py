@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 SCRATCH_WEIGHTS = 2**21
-"""Weights (float32) that each thread weighs at once; it holds about fifty copies of so many."""
+"""Weights (float32) that each thread weighs at once; it holds several copies of so many."""
 
 UNWEIGHED_SCRATCH = 2**19
 """The same where all weights matter alike, so that what a thread looks at stays near."""

@@ -1,4 +1,4 @@
-"""What every command that loads torch can save of the second that this takes."""
+"""What a command can save of the second that loading torch takes."""
 
 from __future__ import annotations
 

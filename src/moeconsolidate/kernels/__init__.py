@@ -1,4 +1,4 @@
-"""The compiler's inner loops, compiled by numba: choosing nested codes, summing 16-bit weights.
+"""The compiler's inner loops, compiled by numba: choosing nested codes.
 
 Each function here is one thread's work on plain arrays and lets go of the interpreter, so that
 `moeconsolidate.threads` decides what runs side by side. Nothing is reassociated or contracted: a

@@ -43,8 +43,7 @@ MAX_TURNS = 8
 """That a program of gate_up takes."""
 
 FEW_A_FACE = 3
-"""Tokens of a face, on average over all faces, from which on a Hopper device takes
-`nested_many.cu`."""
+"""On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average."""
 
 
 @dataclass(frozen=True, slots=True)

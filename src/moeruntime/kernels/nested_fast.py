@@ -32,8 +32,12 @@ __all__ = ["down", "gate_up", "most_pairs"]
 SOURCE = Path(__file__).with_suffix(".cu")
 MANY_SOURCE = SOURCE.with_name("nested_many.cu")
 
-BARRIER_BYTES = 16
 MIN_STAGES, MAX_STAGES = 2, 4
+"""Of the ring that a program of `nested_many.cu` copies steps into."""
+
+BARRIER_BYTES = 16
+"""Of a stage: that it is full, and that it is empty."""
+
 MAX_SHARED_BYTES = 227 * 1024
 """That a program may have on a Hopper device."""
 

@@ -100,9 +100,8 @@ class Metrics:
         for name in variants:
             self._recent[name] = deque(maxlen=NUM_RECENT)
             self.num_tokens[name] = 0
-            for family in (self._prompt_tokens, self._new_tokens, self._aborted, self._ttft):
-                family.labels(name)
-            for family in (self._between, self._tpot, self._latency):
+            counted = (self._prompt_tokens, self._new_tokens, self._aborted)
+            for family in (*counted, self._ttft, self._between, self._tpot, self._latency):
                 family.labels(name)
             for reason in ("stop", "length"):
                 self._success.labels(name, reason)
