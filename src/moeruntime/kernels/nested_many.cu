@@ -13,7 +13,11 @@
 //
 // There is a block for every multiprocessor. One warpgroup copies steps into a ring, of one piece of work
 // after the other; two multiply, and never wait for each other but to put gate and up together. Tried and
-// no faster: tokens fetched once for a cluster of blocks; two smaller blocks a multiprocessor.
+// no faster: tokens fetched once for a cluster of blocks; two smaller blocks a multiprocessor; a slot's shared
+// codes fetched once for all of its faces; only the tokens that there are, in place of whole tiles. H and L
+// multiplied by themselves, H with the tokens of four faces at once, is an eighth faster for about four
+// tokens of each, and slower for more or for one face. In field 1 H could be used where it lies, if twice
+// the sum fitted a byte: it does not, as it may be 134.
 //
 // Compiled with GATE_UP, TILES (2, 4, 8 or 12), PLANES (private planes that a face has at most: three bits
 // are two), WIDE (somebody has a private plane of 4 bits) and STAGES (of the ring).
@@ -271,12 +275,12 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
     const int steps = of.steps();
 #pragma unroll 1
     for (int at_step = 0; at_step < steps; at_step++) {
-        u16 scale_of[BATCHES][2];
+        await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // products read by another way
+        u16 scale_of[BATCHES][2]; // asked for after the fence, which waits for whatever was asked for before
 #pragma unroll
         for (int i = 0; i < 2 * BATCHES; i++)
             scale_of[i >> 1][i & 1] = __ldg(scale_at + of.group_of(at_step, i >> 1) + 8 * (i & 1) * num_groups);
-        await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // products read by another way
         const u8 *const here = memory + ring.stage * STAGE;
         const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.stage * GROUPS) + t;
         const int p = at_step & 1;
