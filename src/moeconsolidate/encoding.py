@@ -103,8 +103,7 @@ def encode(
     shared_NRC = torch.empty(num_slots, num_rows, num_columns, dtype=torch.uint8)
     private_NVRC = torch.empty(weights_NVRC.shape, dtype=torch.uint8)
     if importance is None:
-        ones = torch.ones(weights_NVRC.shape[:3]), torch.ones_like(weights_NVRC[:, :, 0])
-        rule.round_groups(weights_NVRC, *ones, scale_NRG, shared_NRC, private_NVRC)
+        rule.round_groups(weights_NVRC, None, None, scale_NRG, shared_NRC, private_NVRC)
     else:
         weight = importance.outputs_NVR.contiguous(), importance.diagonal
         rule.round_groups(weights_NVRC, *weight, scale_NRG, shared_NRC[:0], private_NVRC[:0])
@@ -131,8 +130,8 @@ class _Rule:
     def round_groups(
         self,
         weights_NVRC: Tensor,
-        outputs_NVR: Tensor,
-        diagonal_NVC: Tensor,
+        outputs_NVR: Tensor | None,
+        diagonal_NVC: Tensor | None,
         scale_NRG: Tensor,
         shared_NRC: Tensor,
         private_NVRC: Tensor,
@@ -170,11 +169,11 @@ class _Rule:
         return steps, most, self.code.shared_bits, 2 ** (LEVEL_BITS - self.code.shared_bits)
 
 
-def _arrays(*tensors: Tensor) -> Iterator[Any]:
+def _arrays(*tensors: Tensor | None) -> Iterator[Any]:
     """The same memory, which has to be contiguous: a kernel is compiled for one layout."""
     for tensor in tensors:
-        assert tensor.is_contiguous()
-        yield tensor.numpy()
+        assert tensor is None or tensor.is_contiguous()
+        yield tensor if tensor is None else tensor.numpy()
 
 
 def _feed_forward(

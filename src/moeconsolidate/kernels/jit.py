@@ -6,10 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from numba import njit
+from numba import njit, types
 from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
 
-__all__ = ["kernel"]
+__all__ = ["fused", "kernel"]
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,3 +38,15 @@ class _Cache(FunctionCache):
     def save_overload(self, sig: object, data: object) -> None:
         with suppress(Exception):
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+
+
+def _fused(typing: object, factor: object, other: object, summand: object) -> Any:
+    """The sum of factor * other and summand in float32, rounded once."""
+
+    def generate(_: object, builder: Any, __: object, values: Any) -> Any:
+        return builder.fma(*values)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+fused: Any = intrinsic(_fused)

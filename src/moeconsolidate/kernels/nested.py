@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moeconsolidate.kernels.jit import kernel
+from moeconsolidate.kernels.jit import fused, kernel
 
 __all__ = ["Scratch", "descend_columns", "feed_columns", "round_groups"]
 
@@ -145,18 +145,20 @@ def round_groups(
                 width = min(run, num_columns - first)
                 num_groups = -(-width // group)
                 weights[:, width:] = ZERO
-                total[:] = ZERO
                 for v in range(num_members):
-                    of_output = outputs_NVR[n, v, r]
                     row_C = weights_NVRC[n, v, r, first : first + width]
-                    of_inputs_C = diagonal_NVC[n, v, first : first + width]
                     for j in range(width):
                         weights[v, j] = row_C[j]
+                if outputs_NVR is not None:
+                    total[:] = ZERO
+                    for v in range(num_members):
+                        of_output = outputs_NVR[n, v, r]
+                        of_inputs_C = diagonal_NVC[n, v, first : first + width]
+                        for j in range(width):
+                            importance[v, j] = of_output * of_inputs_C[j]
+                            total[j] += importance[v, j]
                     for j in range(width):
-                        importance[v, j] = of_output * of_inputs_C[j]
-                        total[j] += importance[v, j]
-                for j in range(width):
-                    total[j] = max(total[j], TINIEST)
+                        total[j] = max(total[j], TINIEST)
                 for g in range(num_groups):
                     largest = np.uint32(0)  # floats without their signs are in order as integers
                     for v in range(num_members):
@@ -181,12 +183,21 @@ def round_groups(
                         break
                     for v in range(num_members):
                         for g in range(num_groups):
+                            divisor, inverse = scale[g], ONE / scale[g]
                             for k in range(group):
-                                targets_VGK[v, g, k] = weights_VGK[v, g, k] / scale[g]
-                    _weigh(
-                        scratch.targets_VJ, importance, total, width, steps_NV[n], most_NV[n],
-                        most_shared, shared_step, bases, errors,
-                    )  # fmt: skip
+                                targets_VGK[v, g, k] = _quotient(
+                                    weights_VGK[v, g, k], divisor, inverse
+                                )
+                    if outputs_NVR is None:
+                        _weigh(
+                            scratch.targets_VJ, None, None, width, steps_NV[n], most_NV[n],
+                            most_shared, shared_step, bases, errors,
+                        )  # fmt: skip
+                    else:
+                        _weigh(
+                            scratch.targets_VJ, importance, total, width, steps_NV[n], most_NV[n],
+                            most_shared, shared_step, bases, errors,
+                        )  # fmt: skip
                     if attempt == num_factors:
                         break
                     for j in range(width):
@@ -385,7 +396,7 @@ def _weigh(
 
     Args:
         targets_VJ: wanted, in units of the scale.
-        importance_VJ, total_J: of each place, and its sum over members.
+        importance_VJ, total_J: of each place, and its sum over members; None where all are 1.
         width: places.
         steps_V, most_V, most_shared, shared_step: the levels there are.
         bases_2J: filled: the lower and the higher shared level.
@@ -393,44 +404,36 @@ def _weigh(
     """
     half, wide = most_shared * HALF, np.float32(shared_step)
     narrow = ONE / wide  # exact, since steps of shared codes are powers of two
+    lowest, count = -half * wide, np.float32(len(targets_VJ))
+    inverse = ONE / count
     for j in range(width):
-        bases_2J[0, j] = targets_VJ[0, j] * importance_VJ[0, j]
+        bases_2J[0, j] = _weighed(targets_VJ[0, j], importance_VJ, 0, j)
     for v in range(1, len(targets_VJ)):
         for j in range(width):
-            bases_2J[0, j] += targets_VJ[v, j] * importance_VJ[v, j]
+            bases_2J[0, j] += _weighed(targets_VJ[v, j], importance_VJ, v, j)
     for j in range(width):
-        place = (bases_2J[0, j] / total_J[j]) * narrow + half
+        if total_J is None:
+            mean = _quotient(bases_2J[0, j], count, inverse)
+        else:
+            mean = bases_2J[0, j] / total_J[j]
         # Beyond these both are the last code anyway, and the rounding below holds.
-        place = min(max(place, -TWO), most_shared + TWO)
+        place = min(max(mean * narrow + half, -ONE), most_shared)
         floor = (place + ROUNDER) - ROUNDER
-        floor = floor - ONE if floor > place else floor
-        bases_2J[0, j] = (min(max(floor, ZERO), most_shared) - half) * wide
-        bases_2J[1, j] = (min(max(floor + ONE, ZERO), most_shared) - half) * wide
+        level = (floor - ONE if floor > place else floor) * wide + lowest
+        bases_2J[0, j] = max(level, lowest)
+        bases_2J[1, j] = min(level + wide, -lowest)
         errors_2J[0, j] = ZERO
         errors_2J[1, j] = ZERO
     for v in range(len(targets_VJ)):
         step, last = steps_V[v], most_V[v]
         middle, unit, inverse, exact = _division(step, last)
-        if exact:
+        below = -step * middle
+        for side in range(2):
             for j in range(width):
-                target, weight = targets_VJ[v, j], importance_VJ[v, j]
-                low, high = bases_2J[0, j], bases_2J[1, j]
-                low_code = _clamped((target - low) * inverse + middle, last)
-                high_code = _clamped((target - high) * inverse + middle, last)
-                low_missed = target - (low + step * (low_code - middle))
-                high_missed = target - (high + step * (high_code - middle))
-                errors_2J[0, j] += low_missed * low_missed * weight
-                errors_2J[1, j] += high_missed * high_missed * weight
-        else:
-            for j in range(width):
-                target, weight = targets_VJ[v, j], importance_VJ[v, j]
-                low, high = bases_2J[0, j], bases_2J[1, j]
-                low_code = _clamped((target - low) / unit + middle, last)
-                high_code = _clamped((target - high) / unit + middle, last)
-                low_missed = target - (low + step * (low_code - middle))
-                high_missed = target - (high + step * (high_code - middle))
-                errors_2J[0, j] += low_missed * low_missed * weight
-                errors_2J[1, j] += high_missed * high_missed * weight
+                target, base = targets_VJ[v, j], bases_2J[side, j]
+                code = _code(target - base, middle, last, unit, inverse, exact)
+                missed = target - fused(step, code, base + below)
+                errors_2J[side, j] += _weighed(missed * missed, importance_VJ, v, j)
 
 
 @kernel
@@ -455,12 +458,8 @@ def _choose(
 def _nearest(targets_J: Any, bases_J: Any, step: Any, last: Any, private_J: Any) -> None:
     """A member's best private codes beside shared levels."""
     middle, unit, inverse, exact = _division(step, last)
-    if exact:
-        for j in range(len(private_J)):
-            private_J[j] = _clamped((targets_J[j] - bases_J[j]) * inverse + middle, last)
-    else:
-        for j in range(len(private_J)):
-            private_J[j] = _clamped((targets_J[j] - bases_J[j]) / unit + middle, last)
+    for j in range(len(private_J)):
+        private_J[j] = _code(targets_J[j] - bases_J[j], middle, last, unit, inverse, exact)
 
 
 @kernel
@@ -471,9 +470,31 @@ def _division(step: Any, last: Any) -> Any:
 
 
 @kernel
-def _clamped(wanted: Any, last: Any) -> Any:
-    """The nearest private code, ties to even."""
+def _code(distance: Any, middle: Any, last: Any, unit: Any, inverse: Any, exact: Any) -> Any:
+    """The private code nearest to a distance from the shared level, ties to even."""
+    if exact:
+        wanted = fused(distance, inverse, middle)
+    else:
+        wanted = _quotient(distance, unit, inverse) + middle
     return (min(max(wanted, ZERO), last) + ROUNDER) - ROUNDER
+
+
+@kernel
+def _quotient(dividend: Any, divisor: Any, inverse: Any) -> Any:
+    """A quotient as division rounds it, by the divisor's rounded inverse (Markstein 1990).
+
+    Three operations of one cycle, where a division takes a vector unit for many.
+    """
+    guess = dividend * inverse
+    return fused(fused(-guess, divisor, dividend), inverse, guess)
+
+
+@kernel
+def _weighed(value: Any, importance_VJ: Any, v: int, j: int) -> Any:
+    """A place's value times its importance, which is 1 where there is none."""
+    if importance_VJ is None:
+        return value
+    return value * importance_VJ[v, j]
 
 
 @kernel
@@ -486,12 +507,12 @@ def _sum_groups(blocks_GBK: Any, rest_GK: Any, lanes: Any, sums_G: Any) -> None:
         lanes: scratch of CHAINS * LANES.
         sums_G: filled.
     """
-    num_groups, num_blocks, num_lanes = blocks_GBK.shape
+    num_groups, num_blocks, _ = blocks_GBK.shape
     num_rest = rest_GK.shape[1]
     for g in range(num_groups):
         lanes[:] = ZERO
         for block in range(num_blocks):
-            for k in range(num_lanes):
+            for k in range(CHAINS * LANES):
                 lanes[k] += blocks_GBK[g, block, k]
         for k in range(num_rest // LANES * LANES):
             lanes[k % LANES] += rest_GK[g, k]
