@@ -21,6 +21,7 @@ from moeconsolidate.signals import expert_outputs, neurons
 from moeconsolidate.similarity import check_rows, cosine_similarity, linear_cka
 from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeruntime.errors import ResourceError
+from moeruntime.hostmemory import new_tensor
 
 __all__ = ["LayerReader"]
 
@@ -157,8 +158,9 @@ def _layer_buffer(checkpoints: Sequence[Checkpoint]) -> Tensor:
     first = checkpoints[0]
     num_rows = len(checkpoints) * first.config.num_experts
     try:
-        return torch.empty(num_rows, first.config.expert_numel, dtype=first.expert_dtype)
-    except RuntimeError:
+        shape = num_rows, first.config.expert_numel
+        return new_tensor(shape, first.expert_dtype, torch.device("cpu"))
+    except (RuntimeError, OSError):
         raise ResourceError(
             f"no memory for one layer of all variants: {num_rows} experts of "
             f"{first.expert_num_bytes / 1e9:.3f} GB; consolidate fewer models at once"

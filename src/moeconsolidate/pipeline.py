@@ -42,6 +42,7 @@ from moeconsolidate.threads import num_places, side_by_side, single_threaded_tor
 from moeconsolidate.writer import PackWriter, SlotColumns
 from moeruntime.codes import NestedCode
 from moeruntime.families import ModelConfig
+from moeruntime.hostmemory import new_tensor
 from moeruntime.pack import Manifest
 
 __all__ = ["ConsolidationResult", "consolidate", "make_plan"]
@@ -340,7 +341,7 @@ def _merger(
     of a slot's first member, which no other slot has.
     """
     num_buffers = 1 if rule.whole_experts else num_places()
-    merged_BP = experts_EP.new_empty(num_buffers, experts_EP.shape[1])
+    merged_BP = new_tensor((num_buffers, experts_EP.shape[1]), experts_EP.dtype, experts_EP.device)
     members = [
         [experts_EP[ref.variant_idx * config.num_experts + ref.expert] for ref in slot]
         for slot in plan.slots

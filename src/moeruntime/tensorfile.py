@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.errors import MoecError
+from moeruntime.newfile import NewFile
 from moeruntime.strict_json import Fields, parse_json
 
 __all__ = [
@@ -349,7 +350,7 @@ class TensorFileWriter:
         raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT_BYTES)
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
-        self._file = path.open("xb")
+        self._file = NewFile(path)
         try:
             self._write(len(raw).to_bytes(8, "little") + raw)
         except BaseException:
@@ -387,9 +388,7 @@ class TensorFileWriter:
         """Flush to the disk and return size and digest; all that was declared must be written."""
         missing = [name for name, _, _, remaining in self._pending if remaining]
         assert not missing, f"never written: {missing}"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._file.finish()
         return FileDigest(self._num_bytes, self._sha256.hexdigest())
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -397,7 +396,7 @@ class TensorFileWriter:
         hashing = Thread(target=self._sha256.update, args=(data,))
         hashing.start()
         try:
-            self._file.write(data)
+            self._file.append(data)
         finally:
             hashing.join()
         self._num_bytes += len(data)

@@ -276,7 +276,7 @@ def test_a_lock_nobody_holds_is_no_obstacle(
 
 
 def test_operations_that_fail(models: list[Path], expected: dict[str, str], tmp_path: Path) -> None:
-    failed = fail_everywhere(models, tmp_path / "pack", expected, stride=83)
+    failed = fail_everywhere(models, tmp_path / "pack", expected, stride=23)
     assert set(failed) >= {"write", "fsync"}
 
 

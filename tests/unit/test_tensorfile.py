@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moeruntime.errors import CheckpointError
+from moeruntime.hostmemory import HostMemory
+from moeruntime.newfile import BLOCK_BYTES, PAGE_BYTES, NewFile
 from moeruntime.tensorfile import DTYPES, TensorFile, TensorFileWriter
 
 Shape = tuple[int, ...]
@@ -96,6 +102,47 @@ def test_data_starts_on_a_page_and_bytes_repeat(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     with TensorFile(tmp_path / "one", CheckpointError) as file:
         assert file.entries["a"].offset == 4096
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("lead", [0, 100])
+def test_what_is_appended_in_pieces_of_any_size_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lead: int, direct: bool
+) -> None:
+    if not direct:
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    sizes = [lead, BLOCK_BYTES, 3 * PAGE_BYTES, BLOCK_BYTES + 5, 1, 2 * BLOCK_BYTES - 1, 7]
+    data = HostMemory(sum(sizes)).data.numpy()
+    data[:] = np.random.default_rng(0).integers(0, 256, len(data), np.uint8)
+    file, start = NewFile(tmp_path / "file"), 0
+    for size in sizes:
+        file.append(memoryview(data)[start : start + size])
+        start += size
+    file.finish()
+    assert (tmp_path / "file").read_bytes() == data.tobytes()
+
+
+def test_a_disk_that_wants_larger_pages_gets_ordinary_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, refused = NewFile(tmp_path / "file"), []
+
+    class Picky:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inner, name)
+
+        def write(self, data: memoryview) -> int:
+            if fcntl.fcntl(inner.fileno(), fcntl.F_GETFL) & os.O_DIRECT:
+                refused.append(len(data))
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return inner.write(data) or 0
+
+    inner = file._file
+    monkeypatch.setattr(file, "_file", Picky())
+    file.append(bytes(BLOCK_BYTES + 1))
+    file.finish()
+    assert (tmp_path / "file").read_bytes() == bytes(BLOCK_BYTES + 1)
+    assert len(refused) <= 1  # none where there is no direct I/O anyway
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
