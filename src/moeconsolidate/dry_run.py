@@ -25,7 +25,7 @@ from moeconsolidate.encoding import encode
 from moeconsolidate.pieces import UNWEIGHED_SCRATCH
 from moeconsolidate.plan import Recipe, default_code
 from moeconsolidate.planning import resolve_recipe
-from moeconsolidate.similarity import cosine_similarity
+from moeconsolidate.similarity import cosine_similarity, warm_up
 from moeconsolidate.sources import HubRef, Models, parse_sources
 from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeruntime.bench.machine import peak_bytes
@@ -158,10 +158,11 @@ def _memory_bytes(checkpoints: Sequence[Checkpoint], recipe: Recipe, most_bytes:
     if recipe.code == "plain":
         beside = num_places() * first.expert_num_bytes + num_threads * STRIPE_BYTES
     else:
-        beside = most_bytes // config.num_layers + KERNEL_BYTES  # a layer's codes
+        beside = most_bytes // config.num_layers  # a layer's codes
         beside += num_threads * 4 * CODING_COPIES * UNWEIGHED_SCRATCH
     rest = max(first.non_expert_num_bytes(role) for role in config.non_expert_shapes())
     process = peak_bytes(torch.device("cpu")) + PROCESS_BYTES
+    process += 0 if recipe.lossless else KERNEL_BYTES
     return process + layer + max(beside, 2 * rest)
 
 
@@ -177,6 +178,7 @@ def _arithmetic_s(checkpoints: Sequence[Checkpoint], recipe: Recipe, output_byte
     if not recipe.lossless:
         columns = min(2**18, config.expert_numel)
         rows = torch.randn(num_rows, columns).to(first.expert_dtype)
+        warm_up()
         start = time.perf_counter()
         cosine_similarity(rows, describe=str)
         total_s += (time.perf_counter() - start) / columns * num_columns

@@ -19,16 +19,23 @@ from threading import Thread
 
 from torch import Tensor
 
+from moeconsolidate import encoding, similarity
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import code_layer, nested_format, stored_weights
 from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
 from moeconsolidate.compensation import Compensation
-from moeconsolidate.encoding import warm_up
 from moeconsolidate.importance import Statistics
 from moeconsolidate.journal import layer_key
 from moeconsolidate.layers import LayerReader
 from moeconsolidate.merging import MERGE_RULES, MergeRule, SlotContext
-from moeconsolidate.plan import ConsolidationPlan, LayerPlan, OnProgress, Origin, Progress
+from moeconsolidate.plan import (
+    ConsolidationPlan,
+    LayerPlan,
+    OnProgress,
+    Origin,
+    Progress,
+    Recipe,
+)
 from moeconsolidate.planning import (
     calibrate,
     check_plan,
@@ -134,7 +141,7 @@ def consolidate(
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         if nested is not None:  # its pieces then run side by side, a thread each
             stack.enter_context(single_threaded_torch())
-        _load_libraries(nested is not None)
+        _load_libraries(recipe)
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             compensation, key = None, None
@@ -284,14 +291,16 @@ def _experts(
     return [list(zip(*both, strict=True)) for both in zip(gate_up, down, strict=True)]
 
 
-def _load_libraries(nested: bool) -> None:
+def _load_libraries(recipe: Recipe) -> None:
     """Load what the first layer needs once it has been read, while it is."""
 
     def load() -> None:
         import moeconsolidate.clustering  # noqa: F401
 
-        if nested:
-            warm_up()
+        if not recipe.lossless:
+            similarity.warm_up()
+        if recipe.code == "nested":
+            encoding.warm_up()
 
     Thread(target=load).start()
 

@@ -8,8 +8,8 @@ over 58.7 million weights came out as 1.0091. Here they are accumulated in float
 stripes of columns that are summed in a fixed order, each stripe by a single thread. The number of
 threads decides how long it takes and never what comes out.
 
-Of 16-bit weights a product is exact in float32, and so 64 at a time are added up there, before that
-goes into the float64 sum: faster, and the result, which is float32, within its last digit. Weights
+Of 16-bit weights a product is exact in float32, and so a few are added up there, before that goes
+into the float64 sum: faster, and the result, which is float32, within its last digit. Weights
 so large or small that float32 cannot hold their squares are compared in float64 throughout.
 """
 
@@ -25,14 +25,11 @@ from torch import Tensor
 from moeconsolidate.threads import single_threaded_torch
 from moeruntime.errors import CheckpointError
 
-__all__ = ["check_rows", "cosine_similarity", "linear_cka"]
+__all__ = ["check_rows", "cosine_similarity", "linear_cka", "warm_up"]
 
 NUM_STRIPES = 16
 MAX_SAMPLES = 512
 """Samples of an expert that `linear_cka` looks at; its cost is their square."""
-
-BLOCK_COLUMNS = 64
-"""Products of 16-bit weights that are added up in float32."""
 
 SAFE_SQUARES = (1e-20, 1e30)
 """Squared norms of rows between these cannot have suffered from float32's range."""
@@ -68,11 +65,12 @@ def cosine_similarity(
         return gram_EE
 
     def quick_stripe_gram(columns: range) -> Tensor:
+        from moeconsolidate.kernels.products import add_products
+
         gram_EE = torch.zeros(num_rows, num_rows, dtype=torch.float64)
         for chunk_EC in _chunks(experts_EP, columns, torch.float32):
-            for blocks_BEC in _blocks(chunk_EC):
-                gram_EE += torch.bmm(blocks_BEC, blocks_BEC.mT).sum(dim=0, dtype=torch.float64)
-        return gram_EE
+            add_products(chunk_EC.contiguous().numpy(), gram_EE.numpy())
+        return gram_EE.triu() + gram_EE.triu(1).T
 
     quick = experts_EP.dtype.itemsize == 2
     gram_EE = _sum_over_stripes(quick_stripe_gram if quick else stripe_gram, experts_EP)
@@ -85,6 +83,13 @@ def cosine_similarity(
     similarity_EE = gram_EE.div_(norms_E[:, None]).div_(norms_E)
     similarity_EE = ((similarity_EE + similarity_EE.T) / 2).clamp_(-1.0, 1.0)
     return similarity_EE.fill_diagonal_(1.0).float()
+
+
+def warm_up() -> None:
+    """Load the kernels, which takes half a second, or more where they are compiled first."""
+    from moeconsolidate.kernels.products import add_products
+
+    add_products(torch.ones(1, 1).numpy(), torch.ones(1, 1, dtype=torch.float64).numpy())
 
 
 def check_rows(experts_EP: Tensor, *, describe: Callable[[int], str]) -> None:
@@ -146,16 +151,6 @@ def _check_squares(squares_E: Tensor, describe: Callable[[int], str], what: str)
             raise CheckpointError(f"{describe(row)}: all {what}s are zero")
         if not square < float("inf"):
             raise CheckpointError(f"{describe(row)}: a {what} is not finite (NaN or infinity)")
-
-
-def _blocks(chunk_EC: Tensor) -> Iterator[Tensor]:
-    """Cut columns into blocks [B, E, BLOCK_COLUMNS], and what is left over into one of its own."""
-    num_columns = chunk_EC.shape[1]
-    whole = num_columns - num_columns % BLOCK_COLUMNS
-    if whole:
-        yield chunk_EC[:, :whole].unflatten(1, (-1, BLOCK_COLUMNS)).transpose(0, 1)
-    if whole < num_columns:
-        yield chunk_EC[None, :, whole:]
 
 
 def _chunks(

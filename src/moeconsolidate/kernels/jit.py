@@ -13,14 +13,20 @@ from numba.extending import intrinsic
 __all__ = ["fused", "kernel"]
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: Callable[..., Any], *, reassociate: bool = False) -> Callable[..., Any]:
     """Compile a function for numba when it is first called.
+
+    Sums have the order that its loops say, on any machine, unless `reassociate` is set.
 
     Machine code is kept beside the source or, where that is read-only, in the user's cache folder
     (NUMBA_CACHE_DIR names another). Where neither can be written it is made anew: a cache saves
     seconds, and is no reason to fail.
     """
-    compiled: Any = njit(nogil=True, error_model="numpy")(function)
+    compiled: Any = njit(
+        nogil=True,
+        error_model="numpy",
+        fastmath={"reassoc", "contract", "nsz"} if reassociate else False,
+    )(function)
     with suppress(RuntimeError):  # nowhere to keep it
         compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     return compiled  # type: ignore[no-any-return]
