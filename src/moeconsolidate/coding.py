@@ -14,7 +14,6 @@ from moeconsolidate.threads import side_by_side
 from moeruntime.codes import (
     NestedCode,
     decode,
-    pack_planes,
     plane_shapes,
     scale_columns,
     unpack_planes,
@@ -85,15 +84,13 @@ def code_layer(
             start = rows.stop
             for n, slot in enumerate(piece.slots):
                 shared[f"{part}.scale"][slot, rows] = coded.scale_NRG[n]
-                planes = pack_planes(coded.shared_NRC[n], code.shared_bits)
-                for width, plane in planes.items():
-                    shared[f"{part}.{width}"][slot, rows] = plane
+                _pack(coded.shared_NRC[n], code.shared_bits, shared, part, (slot, rows))
                 for v, (member, one) in enumerate(
                     zip(piece.members[n], piece.codes[n], strict=True)
                 ):
-                    for width, plane in pack_planes(coded.private_NVRC[n, v], one.bits).items():
-                        name = f"experts.{member.expert}.{part}.{width}"
-                        private[member.variant_idx][name][rows] = plane
+                    name = f"experts.{member.expert}.{part}"
+                    mine = private[member.variant_idx]
+                    _pack(coded.private_NVRC[n, v], one.bits, mine, name, rows)
 
     pieces = pieces_of(plan, config)
     if correct_downs is None:
@@ -103,6 +100,22 @@ def code_layer(
         correct_downs(stored_weights(plan, "gate_up", shared, private, config, nested))
         side_by_side(code_slots, [piece for piece in pieces if piece.part == "down"])
     return shared, [dict(sorted(tensors.items())) for tensors in private]
+
+
+def _pack(
+    codes_RC: Tensor,
+    bits: int,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    place: slice | tuple[int, slice],
+) -> None:
+    """`moeruntime.codes.pack_planes` into rows of tensors that are there."""
+    from moeconsolidate.kernels.planes import pack_plane
+
+    above = bits
+    for width in plane_shapes(1, 1, bits):
+        above -= width
+        pack_plane(codes_RC.numpy(), above, width, tensors[f"{name}.{width}"][place].numpy())
 
 
 def stored_weights(

@@ -21,7 +21,9 @@ from moeconsolidate.allocation import OPTIONS
 from moeconsolidate.encoding import COARSE_FACTORS, FINE_OFFSETS, encode
 from moeconsolidate.kernels import jit, nested
 from moeconsolidate.kernels.jit import kernel
-from moeruntime.codes import NestedCode, PrivateCode
+from moeconsolidate.kernels.planes import pack_plane
+from moeruntime.codes import NestedCode, PrivateCode, pack_planes
+from moeruntime.codes.planes import MAX_BITS
 
 Array = NDArray[np.float32]
 F = np.float32
@@ -217,6 +219,18 @@ def test_descent_moves_as_in_numpy() -> None:
         expected_slope += matrix[:, :, c, None] * move[:, None]
     assert np.array_equal(slope[0], expected_slope)
     assert not np.array_equal(levels, before)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 100])
+@pytest.mark.parametrize("bits", range(1, MAX_BITS + 1))
+def test_planes_are_packed_as_the_runtime_defines_it(bits: int, columns: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, columns), dtype=torch.uint8)
+    above = bits
+    for width, plane in pack_planes(codes, bits).items():
+        above -= width
+        found = torch.full_like(plane, 255)
+        pack_plane(codes.numpy(), above, width, found.numpy())
+        assert torch.equal(found, plane)
 
 
 # -- where machine code is kept --------------------------------------------------------------------
