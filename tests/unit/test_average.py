@@ -8,6 +8,7 @@ from torch import Tensor
 
 from helpers import TINY_CONFIG
 from moeconsolidate.merging import MERGE_RULES, SlotContext, base
+from moeconsolidate.merging import average as rule
 from moeconsolidate.plan import ExpertRef
 from moeruntime.errors import CheckpointError
 from moeruntime.families import FAMILIES
@@ -49,9 +50,24 @@ def test_sums_in_float32_in_order(dtype: torch.dtype) -> None:
     assert torch.equal(average(rows), expected.to(dtype))
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    rows = [torch.randn(1000).bfloat16() for _ in range(3)]
+    rows = [torch.randn(1000).to(dtype) for _ in range(3)]
     whole = average(rows)
-    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 7)
+    for module in (base, rule):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", 7)
     assert torch.equal(average(rows), whole)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_bfloat16s_of_any_size_average_as_torch_has_it(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    bits = torch.randint(0, 2**16, (count, 70_001), generator=generator, dtype=torch.int32)
+    rows = bits.to(torch.int16).view(torch.bfloat16)
+    rows = torch.where(rows.isfinite(), rows, -0.0)
+    sums = rows[0].float()
+    for row_P in rows[1:]:
+        sums += row_P.float()
+    expected = (sums / count).bfloat16()
+    assert torch.equal(average(list(rows)).view(torch.int16), expected.view(torch.int16))

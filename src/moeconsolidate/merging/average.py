@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from moeconsolidate.merging.base import MergeRule, SlotContext, combine_columns
+from moeconsolidate.merging.base import CHUNK_ELEMENTS, MergeRule, SlotContext, combine_columns
 
 __all__ = ["Average"]
 
@@ -23,7 +25,25 @@ class Average(MergeRule):
     """
 
     def __call__(self, members: Sequence[Tensor], context: SlotContext, *, out: Tensor) -> Tensor:
-        return members[0] if len(members) == 1 else combine_columns(members, out, _mean)
+        if len(members) == 1:
+            return members[0]
+        if out.dtype == torch.bfloat16:
+            return _mean_bfloat16(members, out)
+        return combine_columns(members, out, _mean)
+
+
+def _mean_bfloat16(members: Sequence[Tensor], out: Tensor) -> Tensor:
+    """`_mean` where it is wanted most, in compiled loops."""
+    from moeconsolidate.kernels.means import add_bfloat16, mean_bfloat16
+
+    *rows, out_P = (row.view(torch.uint16).numpy() for row in (*members, out))
+    sum_C = np.empty(min(CHUNK_ELEMENTS, len(out_P)), np.float32)
+    for start in range(0, len(out_P), CHUNK_ELEMENTS):
+        columns = slice(start, start + CHUNK_ELEMENTS)
+        for number, row_P in enumerate(rows):
+            add_bfloat16(sum_C, row_P[columns], number == 0)
+        mean_bfloat16(sum_C, len(rows), out_P[columns])
+    return out
 
 
 def _mean(rows_MC: Tensor) -> Tensor:
