@@ -2,10 +2,10 @@
 
 Physics: every input byte has to be read and every output byte written. What that takes is measured
 by a plain loop that reads the same files into one buffer and writes as many bytes as the pack has,
-through the page cache, flushed to the disk. What comes on top is arithmetic: digests of all that is
-read and written, similarities, means or codes; what moec saves is the copy into the page cache. All
-times are of whole processes, one after another, with the input in the page cache; only ratios within
-one run mean much on a shared machine.
+through the page cache, flushed to the disk. What comes on top is arithmetic: digests of all that
+is read and written, similarities, means or codes; what moec saves is the copy into the page cache.
+All times are of whole processes, one after another, with the input in the page cache; only ratios
+within one run mean much on a shared machine.
 
 mergekit merges all of it into one model, with the same input and about the same output as
 `--merge average`. It needs an environment of its own, whose Python is given.
