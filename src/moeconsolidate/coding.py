@@ -7,21 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moeconsolidate.coded_layer import CodedLayer
 from moeconsolidate.importance import Statistics
 from moeconsolidate.pieces import Piece, encode_piece, pieces_of
 from moeconsolidate.plan import ExpertRef, LayerPlan
 from moeconsolidate.threads import side_by_side
-from moeruntime.codes import (
-    NestedCode,
-    decode,
-    plane_shapes,
-    scale_columns,
-    unpack_planes,
-)
+from moeruntime.codes import NestedCode, plane_shapes, scale_columns
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import EXPERT_PARTS
 
-__all__ = ["code_layer", "decode_layer", "nested_format", "stored_weights"]
+__all__ = ["code_layer", "decode_layer", "nested_format"]
 
 TILE_COLUMNS, SMALL_GROUP = 128, 32
 """A scale covers a kernel's tile of columns where tiles divide the matrix, and few otherwise."""
@@ -43,8 +38,8 @@ def code_layer(
     statistics: Sequence[Statistics] | None,
     *,
     num_variants: int,
-    correct_downs: Callable[[list[list[Tensor]]], None] | None = None,
-) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    correct_downs: Callable[[CodedLayer], None] | None = None,
+) -> CodedLayer:
     """Code one layer as its plan says: all gate_up, then all down.
 
     Args:
@@ -54,11 +49,8 @@ def code_layer(
         nested: how shared codes are stored.
         statistics: each variant's calibration; None rounds to the nearest levels.
         num_variants: of the pack.
-        correct_downs: called between the two, with what will be decoded of gate_up, variant by
-            variant and expert by expert; it may change the down matrices among the experts.
-
-    Returns:
-        The tensors of the layer's file, and of each variant's private file, by name.
+        correct_downs: called between the two, when gate_up of the result is there; it may change
+            the down matrices among the experts.
     """
     shared: dict[str, Tensor] = {}
     private: list[dict[str, Tensor]] = [{} for _ in range(num_variants)]
@@ -75,6 +67,8 @@ def code_layer(
                 for width, size in plane_shapes(*shape, pair[idx].bits).items():
                     name = f"experts.{member.expert}.{part}.{width}"
                     private[member.variant_idx][name] = torch.empty(size, dtype=torch.uint8)
+    private = [dict(sorted(tensors.items())) for tensors in private]
+    layer = CodedLayer(plan, config, nested, shared, private)
 
     def code_slots(piece: Piece) -> None:
         part, code = piece.part, nested[piece.part]
@@ -97,9 +91,9 @@ def code_layer(
         side_by_side(code_slots, pieces)
     else:
         side_by_side(code_slots, [piece for piece in pieces if piece.part == "gate_up"])
-        correct_downs(stored_weights(plan, "gate_up", shared, private, config, nested))
+        correct_downs(layer)
         side_by_side(code_slots, [piece for piece in pieces if piece.part == "down"])
-    return shared, [dict(sorted(tensors.items())) for tensors in private]
+    return layer
 
 
 def _pack(
@@ -116,49 +110,6 @@ def _pack(
     for width in plane_shapes(1, 1, bits):
         above -= width
         pack_plane(codes_RC.numpy(), above, width, tensors[f"{name}.{width}"][place].numpy())
-
-
-def stored_weights(
-    plan: LayerPlan,
-    part: str,
-    shared: Mapping[str, Tensor],
-    private: Sequence[Mapping[str, Tensor]],
-    config: ModelConfig,
-    nested: Mapping[str, NestedCode],
-) -> list[list[Tensor]]:
-    """What a reader decodes of one part of a layer: variant -> expert -> float32 [R, C].
-
-    Args:
-        plan: slots and private codes.
-        part: "gate_up" or "down".
-        shared: tensors of the layer's file, as `code_layer` returns them.
-        private: likewise those of each variant's private file.
-        config: the architecture.
-        nested: how shared codes are stored.
-    """
-    num_columns, code, idx = config.part_shapes[part][1], nested[part], EXPERT_PARTS.index(part)
-    widths = plane_shapes(1, 1, code.shared_bits)
-
-    def decode_slot(slot: int) -> list[tuple[ExpertRef, Tensor]]:
-        planes = {width: shared[f"{part}.{width}"][slot] for width in widths}
-        shared_RC = unpack_planes(planes, num_columns)
-        found = []
-        for ref, pair in zip(plan.slots[slot], plan.codes[slot], strict=True):
-            own = {
-                width: private[ref.variant_idx][f"experts.{ref.expert}.{part}.{width}"]
-                for width in plane_shapes(1, 1, pair[idx].bits)
-            }
-            private_RC = unpack_planes(own, num_columns) if own else None
-            scale_RG = shared[f"{part}.scale"][slot]
-            found.append((ref, decode(shared_RC, scale_RG, code, private_RC, pair[idx])))
-        return found
-
-    slots = side_by_side(decode_slot, range(len(plan.slots)))
-    weights = dict(pair for found in slots for pair in found)
-    return [
-        [weights[ExpertRef(variant, expert)] for expert in range(config.num_experts)]
-        for variant in range(len(private))
-    ]
 
 
 def decode_layer(

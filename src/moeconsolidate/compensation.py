@@ -18,6 +18,7 @@ Legend: N tokens of a few windows, H hidden, I intermediate, K neurons of a bloc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,8 +40,17 @@ CAUTION = 0.5
 RIDGE = 0.2
 """Part of the second moments' mean diagonal, over the layer's experts, that is added to them."""
 
-Experts = Sequence[tuple[Tensor, Tensor]]
-"""Of one variant's layer: gate_up and down of each expert, float32."""
+
+class Coded(Protocol):
+    """A layer as it was coded, decoded for one variant when it is that variant's turn."""
+
+    def experts(self, variant: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """gate_up and down of each expert, float32."""
+        ...
+
+    def weights(self, variant: int, part: str) -> Sequence[Tensor]:
+        """One part, "gate_up" or "down", of each expert, float32."""
+        ...
 
 
 class Compensation:
@@ -65,32 +75,33 @@ class Compensation:
             for checkpoint, mine, measured in zip(checkpoints, learned, held_out, strict=True)
         ]
 
-    def correct(self, layer: int, experts_EP: Tensor, gate_up: Sequence[Sequence[Tensor]]) -> None:
+    def correct(self, layer: int, experts_EP: Tensor, coded: Coded) -> None:
         """Move a layer's down matrices to make up for what has been lost up to their inputs.
 
         Args:
             layer: the next one that is coded.
             experts_EP: its experts, variant by variant; changed.
-            gate_up: variant -> expert -> the coded matrix, float32.
+            coded: their gate_up.
         """
         num_experts = self._config.num_experts
 
         def of_variant(variant: int) -> None:
             rows_EP = experts_EP[variant * num_experts :][:num_experts]
             downs = [part_of(row_P, "down", self._config) for row_P in rows_EP]
-            self._variants[variant].correct(layer, downs, gate_up[variant])
+            self._variants[variant].correct(layer, downs, coded.weights(variant, "gate_up"))
 
         side_by_side(of_variant, range(len(self._variants)))
 
-    def advance(self, layer: int, experts: Sequence[Experts]) -> None:
+    def advance(self, layer: int, coded: Coded) -> None:
         """Take both streams past a layer.
 
         Args:
             layer: the one that was corrected last, or the next where none is to be corrected.
-            experts: each variant's experts as they were coded.
+            coded: its experts.
         """
         side_by_side(
-            lambda both: both[0].advance(layer, both[1]), zip(self._variants, experts, strict=True)
+            lambda variant: self._variants[variant].advance(layer, coded.experts(variant)),
+            range(len(self._variants)),
         )
 
 
@@ -126,7 +137,7 @@ class _Streams:
         for down, change_HI in zip(downs, changes, strict=True):
             down.copy_(down.float() + CAUTION * agreement.part * change_HI)
 
-    def advance(self, layer: int, experts: Experts) -> None:
+    def advance(self, layer: int, experts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take both streams past a layer."""
         if self._next["original"] == self._next["coded"]:  # it was not corrected
             self._run("original", streamed_block(self._checkpoint, self._reach(layer)))

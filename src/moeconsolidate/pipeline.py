@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeconsolidate import encoding, similarity
 from moeconsolidate.checkpoint import Checkpoint
-from moeconsolidate.coding import code_layer, nested_format, stored_weights
+from moeconsolidate.coding import code_layer, nested_format
 from moeconsolidate.compatibility import check_compatible, warn_of_different_bases
 from moeconsolidate.compensation import Compensation
 from moeconsolidate.importance import Statistics
@@ -167,8 +167,7 @@ def consolidate(
                 if finished := writer.take_over(layer, key):
                     layers.append(finished)
                     if compensation and nested is not None:
-                        coded = writer.read_coded_layer(finished)
-                        compensation.advance(layer, _experts(finished, coded, config, nested))
+                        compensation.advance(layer, writer.read_coded_layer(finished, nested))
                     continue
                 shared = reader.decide(planned)
                 if nested is not None and plan is None:
@@ -191,8 +190,8 @@ def consolidate(
                         else None,
                     )
                     if compensation:
-                        compensation.advance(layer, _experts(shared, coded, config, nested))
-                    writer.write_coded_layer(shared, *coded)
+                        compensation.advance(layer, coded)
+                    writer.write_coded_layer(coded)
                     del coded  # the writer lets go of it once it is written
                 writer.note_layer(key, recipe, shared)
             _settle(writer, report, config.num_layers, config.num_layers)
@@ -277,19 +276,6 @@ def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator
             # What hardly any pack falls below; each layer's exact size is checked when it is due.
             require_disk(target.parent, checkpoints[0].num_bytes // 4)
         yield checkpoints
-
-
-def _experts(
-    plan: LayerPlan,
-    coded: tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]]],
-    config: ModelConfig,
-    nested: Mapping[str, NestedCode],
-) -> list[list[tuple[Tensor, Tensor]]]:
-    """What a reader makes of a coded layer: variant -> expert -> gate_up, down."""
-    gate_up, down = (
-        stored_weights(plan, part, *coded, config, nested) for part in ("gate_up", "down")
-    )
-    return [list(zip(*both, strict=True)) for both in zip(gate_up, down, strict=True)]
 
 
 def _load_libraries(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moeconsolidate.coded_layer import CodedLayer
 from moeconsolidate.digest import TensorDigest
 from moeconsolidate.journal import FinishedLayer, Journal
 from moeconsolidate.model_card import model_card
@@ -183,20 +184,13 @@ class PackWriter:
             raise
         self._due.append(lambda: self._add(path, file.finish()))
 
-    def write_coded_layer(
-        self, plan: LayerPlan, shared: Mapping[str, Tensor], private: Sequence[Mapping[str, Tensor]]
-    ) -> None:
-        """Write one layer's nested codes, in the background once `note_layer` is called.
-
-        Args:
-            plan: the layer.
-            shared: tensors of the layer's file: planes and scales of all slots.
-            private: for each variant, tensors of its private file; none where it has no bits.
-        """
-        files = {layer_file(plan.layer): shared}
+    def write_coded_layer(self, coded: CodedLayer) -> None:
+        """Write one layer's nested codes, in the background once `note_layer` is called."""
+        layer = coded.plan.layer
+        files = {layer_file(layer): coded.shared}
         files |= {
-            private_file(name, plan.layer): tensors
-            for name, tensors in zip(self._names, private, strict=True)
+            private_file(name, layer): tensors
+            for name, tensors in zip(self._names, coded.private, strict=True)
             if tensors
         }
         self._reserve(sum(t.nbytes for tensors in files.values() for t in tensors.values()))
@@ -211,9 +205,7 @@ class PackWriter:
                     file.append(name, tensor)
                 self._add(path, file.finish())
 
-    def read_coded_layer(
-        self, plan: LayerPlan
-    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    def read_coded_layer(self, plan: LayerPlan, nested: Mapping[str, NestedCode]) -> CodedLayer:
         """What `write_coded_layer` was given for a layer that has been written or taken over."""
 
         def read(path: str) -> dict[str, Tensor]:
@@ -223,7 +215,7 @@ class PackWriter:
                 return {name: file.read(name) for name in file.entries}
 
         private = [read(private_file(name, plan.layer)) for name in self._names]
-        return read(layer_file(plan.layer)), private
+        return CodedLayer(plan, self._config, nested, read(layer_file(plan.layer)), private)
 
     def write_non_expert(
         self,

@@ -15,6 +15,7 @@ from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors, save_shards, tr
 from moeconsolidate import consolidate, export_variant, texts, writer
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.cli import main
+from moeconsolidate.coded_layer import CodedLayer
 from moeconsolidate.compensation import Compensation
 from moeconsolidate.evaluation import score_texts
 from moeconsolidate.original import CheckpointSource
@@ -286,17 +287,17 @@ def test_each_layer_is_corrected_with_what_will_be_decoded(
     halves: dict[tuple[int, int, int], torch.Tensor] = {}
     correct, advance = Compensation.correct, Compensation.advance
 
-    def spy_correct(
-        self: Compensation, layer: int, rows: torch.Tensor, gate_up: list[list[torch.Tensor]]
-    ) -> None:
-        for variant, matrices in enumerate(gate_up):
+    def spy_correct(self: Compensation, layer: int, rows: torch.Tensor, coded: CodedLayer) -> None:
+        for variant in range(2):
+            matrices = coded.weights(variant, "gate_up")
             halves.update({(layer, variant, idx): one for idx, one in enumerate(matrices)})
-        correct(self, layer, rows, gate_up)
+        correct(self, layer, rows, coded)
 
-    def spy_advance(self: Compensation, layer: int, experts: Any) -> None:
-        for variant, matrices in enumerate(experts):
-            seen.update({(layer, variant, idx): one for idx, one in enumerate(matrices)})
-        advance(self, layer, experts)
+    def spy_advance(self: Compensation, layer: int, coded: CodedLayer) -> None:
+        for variant in range(2):
+            experts = coded.experts(variant)
+            seen.update({(layer, variant, idx): one for idx, one in enumerate(experts)})
+        advance(self, layer, coded)
 
     monkeypatch.setattr(Compensation, "correct", spy_correct)
     monkeypatch.setattr(Compensation, "advance", spy_advance)

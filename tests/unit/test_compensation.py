@@ -26,6 +26,19 @@ LEARNED, HELD_OUT, FRESH = (
 Experts = list[tuple[Tensor, Tensor]]
 
 
+class Given:
+    """A layer whose coded experts are what they are said to be, variant by variant."""
+
+    def __init__(self, *variants: Experts) -> None:
+        self._variants = variants
+
+    def experts(self, variant: int) -> Experts:
+        return self._variants[variant]
+
+    def weights(self, variant: int, part: str) -> list[Tensor]:
+        return [pair[("gate_up", "down").index(part)] for pair in self._variants[variant]]
+
+
 def layer_of(checkpoint: Checkpoint, layer: int) -> Tensor:
     """A layer's experts as the compiler reads them, one row each."""
     config = checkpoint.config
@@ -69,7 +82,7 @@ def test_downs_make_up_for_what_earlier_layers_lost(
         rows_EP = layer_of(checkpoint, 0)
         for _, down in (expert_parts(row_P, checkpoint.config) for row_P in rows_EP):
             down.mul_(0.5)
-        compensate.correct(0, rows_EP, [[gate_up for gate_up, _ in first]])
+        compensate.correct(0, rows_EP, Given(first))
         corrected = experts_of(checkpoint, rows_EP)
         left = missed(checkpoint, FRESH, [corrected]) / missed(checkpoint, FRESH, [shrunk])
         assert left < (0.4, 0.7)[top_k - 1]
@@ -84,8 +97,8 @@ def test_what_a_layer_before_lost_is_made_up_for_by_the_next(
         rows_EP = layer_of(checkpoint, 1)
         second = experts_of(checkpoint, rows_EP)
         compensate = Compensation([checkpoint], [LEARNED], [HELD_OUT])
-        compensate.advance(0, [first])
-        compensate.correct(1, rows_EP, [[gate_up for gate_up, _ in second]])
+        compensate.advance(0, Given(first))
+        compensate.correct(1, rows_EP, Given(second))
         corrected = experts_of(checkpoint, rows_EP)
         before = missed(checkpoint, FRESH, [first, second])
         assert missed(checkpoint, FRESH, [first, corrected]) < 0.97 * before
@@ -98,19 +111,19 @@ def test_where_nothing_was_lost_nothing_changes(make_checkpoint: MakeCheckpoint)
             one_EP = layer_of(checkpoint, layer)
             rows_EP = torch.cat([one_EP, one_EP])
             experts = experts_of(checkpoint, one_EP)
-            compensate.correct(layer, rows_EP, [[gate_up for gate_up, _ in experts]] * 2)
+            compensate.correct(layer, rows_EP, Given(experts, experts))
             assert torch.equal(rows_EP, torch.cat([one_EP, one_EP]))
-            compensate.advance(layer, [experts] * 2)
+            compensate.advance(layer, Given(experts, experts))
 
 
 def test_each_variant_is_corrected_by_its_own_text(make_checkpoint: MakeCheckpoint) -> None:
     with Checkpoint("tiny", make_checkpoint("tiny", seed=3)) as checkpoint:
         one_EP = layer_of(checkpoint, 0)
-        exact = [gate_up for gate_up, _ in experts_of(checkpoint, one_EP)]
+        exact = experts_of(checkpoint, one_EP)
         rows_EP = torch.cat([one_EP, one_EP])
-        broken = [0.5 * gate_up for gate_up in exact]
+        broken = [(0.5 * gate_up, down) for gate_up, down in exact]
         compensate = Compensation([checkpoint] * 2, [LEARNED[:8]] * 2, [HELD_OUT] * 2)
-        compensate.correct(0, rows_EP, [exact, broken])
+        compensate.correct(0, rows_EP, Given(exact, broken))
         assert torch.equal(rows_EP[: len(one_EP)], one_EP)
         assert not torch.equal(rows_EP[len(one_EP) :], one_EP)
 
@@ -158,8 +171,8 @@ def test_both_stacks_of_an_encoder_decoder_are_followed(
         for layer in range(config.num_layers):
             rows_EP = layer_of(checkpoint, layer)
             experts = experts_of(checkpoint, rows_EP)
-            gate_up = [0.5 * matrix for matrix, _ in experts]
-            compensate.correct(layer, rows_EP, [gate_up])
+            halved = [(0.5 * gate_up, down) for gate_up, down in experts]
+            compensate.correct(layer, rows_EP, Given(halved))
             changed = [
                 not torch.equal(down, before)
                 for (_, down), (_, before) in zip(
@@ -167,4 +180,4 @@ def test_both_stacks_of_an_encoder_decoder_are_followed(
                 )
             ]
             assert any(changed), layer
-            compensate.advance(layer, [experts])
+            compensate.advance(layer, Given(experts))
