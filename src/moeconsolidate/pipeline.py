@@ -47,7 +47,6 @@ from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
 from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeconsolidate.writer import PackWriter, SlotColumns
-from moeruntime.codes import NestedCode
 from moeruntime.families import ModelConfig
 from moeruntime.hostmemory import new_tensor
 from moeruntime.pack import Manifest
