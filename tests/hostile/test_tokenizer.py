@@ -186,7 +186,7 @@ def test_chat_templates(
 ) -> None:
     template, complaint = TEMPLATES[case]
     # What never ends need not be waited for; what runs out of memory first may take its time.
-    endless = "took over" in complaint
+    endless = case.startswith("66")
     monkeypatch.setattr("moeruntime.text.RENDER_TIMEOUT_S", 2.0 if endless else 60.0)
     forge_json(bad_pack, TOKENIZER_CONFIG, lambda config: config.update(chat_template=template))
     arguments = ["--artifact", bad_pack, "--prompt", "hi", "--chat", "--quiet"]
