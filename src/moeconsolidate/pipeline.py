@@ -144,8 +144,6 @@ def consolidate(
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             compensation, key = None, None
-            rule = MERGE_RULES[recipe.merge]
-            merged_BP = _merge_buffers(rule, reader.experts_EP)  # no pages until it is written to
             if nested is not None and learned.statistics is not None:
                 compensation = Compensation(checkpoints, learned.learned, learned.held_out)
             for layer in range(config.num_layers):
@@ -174,7 +172,8 @@ def consolidate(
                 layers.append(shared)
                 statistics = learned.statistics and reader.aligned(learned.statistics)
                 if nested is None:
-                    merged = _merger(rule, shared, reader.experts_EP, merged_BP, config, statistics)
+                    rule = MERGE_RULES[recipe.merge]
+                    merged = _merger(rule, shared, reader.experts_EP, config, statistics)
                     writer.write_layer(shared, merged)
                 else:
                     coded = code_layer(
@@ -323,17 +322,10 @@ def _routing(
     }
 
 
-def _merge_buffers(rule: MergeRule, experts_EP: Tensor) -> Tensor:
-    """Memory for as many merged experts as are under way at once."""
-    num_buffers = 1 if rule.whole_experts else num_places()
-    return new_tensor((num_buffers, experts_EP.shape[1]), experts_EP.dtype, experts_EP.device)
-
-
 def _merger(
     rule: MergeRule,
     plan: LayerPlan,
     experts_EP: Tensor,
-    merged_BP: Tensor,
     config: ModelConfig,
     statistics: Sequence[Statistics] | None,
 ) -> SlotColumns:
@@ -342,6 +334,8 @@ def _merger(
     A rule that needs whole experts has merged them all before; the result then stands in the place
     of a slot's first member, which no other slot has.
     """
+    num_buffers = 1 if rule.whole_experts else num_places()
+    merged_BP = new_tensor((num_buffers, experts_EP.shape[1]), experts_EP.dtype, experts_EP.device)
     members = [
         [experts_EP[ref.variant_idx * config.num_experts + ref.expert] for ref in slot]
         for slot in plan.slots
