@@ -69,11 +69,21 @@ def missed(checkpoint: Checkpoint, windows: Tensor, layers: list[Experts]) -> fl
     return float((wanted - ours).square().mean())
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize(
+    ("top_k", "caution", "most"), [(1, 1.0, 0.1), (2, 1.0, 0.5), (1, 0.5, 0.4), (2, 0.5, 0.7)]
+)
 def test_downs_make_up_for_what_earlier_layers_lost(
-    make_checkpoint: MakeCheckpoint, top_k: int
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    top_k: int,
+    caution: float,
+    most: float,
 ) -> None:
-    """On windows that nothing was learned from: most of a loss that neurons can tell."""
+    """On windows that nothing was learned from: most of a loss that neurons can tell.
+
+    As much as held-out text bears out leaves little of it; the half that is made leaves more.
+    """
+    monkeypatch.setattr(compensation, "CAUTION", caution)
     folder = make_checkpoint("tiny", seed=3, config={"num_experts_per_tok": top_k})
     with Checkpoint("tiny", folder) as checkpoint:
         first = experts_of(checkpoint, layer_of(checkpoint, 0))
@@ -85,7 +95,7 @@ def test_downs_make_up_for_what_earlier_layers_lost(
         compensate.correct(0, rows_EP, Given(first))
         corrected = experts_of(checkpoint, rows_EP)
         left = missed(checkpoint, FRESH, [corrected]) / missed(checkpoint, FRESH, [shrunk])
-        assert left < (0.4, 0.7)[top_k - 1]
+        assert left < most
 
 
 def test_what_a_layer_before_lost_is_made_up_for_by_the_next(
