@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moeconsolidate.plan import ExpertRef, LayerPlan
-from moeruntime.codes import NestedCode, decode, plane_shapes, unpack_planes
+from moeruntime.codes import NestedCode, decode_planes, plane_shapes
 from moeruntime.families import ModelConfig
 from moeruntime.pack.manifest import EXPERT_PARTS
 
@@ -62,10 +62,5 @@ class CodedLayer:
             width: self.private[ref.variant_idx][f"experts.{ref.expert}.{part}.{width}"]
             for width in plane_shapes(1, 1, refinement.bits)
         }
-        return decode(
-            unpack_planes(planes, num_columns),
-            self.shared[f"{part}.scale"][slot],
-            code,
-            unpack_planes(own, num_columns) if own else None,
-            refinement,
-        )
+        scale_RG = self.shared[f"{part}.scale"][slot]
+        return decode_planes(planes, own, num_columns, scale_RG, code, refinement)

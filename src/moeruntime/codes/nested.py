@@ -16,13 +16,13 @@ in the place of widths).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeruntime.codes.planes import plane_bytes
+from moeruntime.codes.planes import plane_bytes, unpack_planes
 
 __all__ = ["NestedCode", "PrivateCode", "decode", "nested_bytes", "scale_columns"]
 
@@ -95,3 +95,23 @@ def decode(
     scale_RC = scale_RG.float().repeat_interleave(code.group, dim=1)[:, : shared_RC.shape[1]]
     weights_RC: Tensor = (level.float() - twice_offset / 2) * scale_RC
     return weights_RC
+
+
+def decode_planes(
+    shared: Mapping[int, Tensor],
+    own: Mapping[int, Tensor],
+    num_columns: int,
+    scale_RG: Tensor,
+    code: NestedCode,
+    private: PrivateCode,
+) -> Tensor:
+    """`decode` of codes as they are stored.
+
+    Args:
+        shared: planes of the integers H, by width.
+        own: planes of the integers L; none where r = 0.
+        num_columns: of the matrix.
+        scale_RG, code, private: as `decode` has them.
+    """
+    private_RC = unpack_planes(own, num_columns) if own else None
+    return decode(unpack_planes(shared, num_columns), scale_RG, code, private_RC, private)

@@ -9,6 +9,8 @@ integer matrix units take; and scales that cover a run cover it in one piece.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def pack_planes(codes_RC: Tensor, bits: int) -> dict[int, Tensor]:
     return planes
 
 
-def unpack_planes(planes: dict[int, Tensor], num_columns: int) -> Tensor:
+def unpack_planes(planes: Mapping[int, Tensor], num_columns: int) -> Tensor:
     """Put planes together again; the inverse of `pack_planes`.
 
     Returns:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moeruntime.codes import NestedCode, PrivateCode, decode, unpack_planes
+from moeruntime.codes import NestedCode, PrivateCode, decode_planes
 
 __all__ = ["DecodedCache", "DensePool", "ExpertPool", "NestedFace", "NestedPart", "NestedPool"]
 
@@ -151,10 +151,7 @@ class NestedPool:
     def _decode(self, face: NestedFace, idx: int) -> Tensor:
         part, (planes, private) = self.parts[idx], face.private[idx]
         shared = {width: plane[face.slot] for width, plane in part.planes.items()}
-        return decode(
-            unpack_planes(shared, part.num_columns),
-            part.scale[face.slot],
-            part.code,
-            unpack_planes(planes, part.num_columns) if planes else None,
-            private,
-        ).to(self._dtype)
+        scale_RG = part.scale[face.slot]
+        return decode_planes(shared, planes, part.num_columns, scale_RG, part.code, private).to(
+            self._dtype
+        )

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from moeruntime.codes import NestedCode, decode, plane_shapes, scale_columns, unpack_planes
+from moeruntime.codes import NestedCode, decode_planes, plane_shapes, scale_columns
 from moeruntime.errors import InputError, IntegrityError, RequestError
 from moeruntime.pack.manifest import (
     COMMON_FILE,
@@ -153,14 +153,8 @@ class Pack:
         scale_RG = file.row(f"{part}.scale", slot).read()
         stored = self.private_codes(variant, layer, expert, part)
         private = {width: plane.read() for width, plane in stored.items()}
-        weights_RC = decode(
-            unpack_planes(shared, num_columns),
-            scale_RG,
-            code,
-            unpack_planes(private, num_columns) if private else None,
-            entry.private_codes[layer][expert][EXPERT_PARTS.index(part)],
-        )
-        return weights_RC.to(dtype)
+        refinement = entry.private_codes[layer][expert][EXPERT_PARTS.index(part)]
+        return decode_planes(shared, private, num_columns, scale_RG, code, refinement).to(dtype)
 
     def read_non_expert(self, variant: str, role: str) -> Tensor:
         """Read one non-expert tensor of a variant, in its stored dtype."""
