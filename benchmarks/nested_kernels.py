@@ -25,7 +25,12 @@ from moeruntime.kernels.face_parts import GROUP, ByteRows, Cut, FacePart
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")
 CUTS = [Cut(tiles, turns) for tiles in (1, 2, 4) for turns in (1, 4)]
-CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)]
+CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)] + [Cut(8, many=True, pairs=True)]
+
+
+def way_of(cut: Cut) -> str:
+    """How it is printed: the kernel, or its turns."""
+    return "pairs" if cut.pairs else "many" if cut.many else str(cut.turns)
 
 
 def make_part(
@@ -51,7 +56,7 @@ def make_part(
         rows, columns, 4, GROUP, {4: shared}, scale, torch.tensor(table, device=DEVICE),
         num_planes=len(plane_shapes(rows, columns, bits)), wide=bits == 4,
     )  # fmt: skip
-    return part, alive, (shared.nbytes + scale.nbytes) // E
+    return nested_fast.with_maps(part), alive, (shared.nbytes + scale.nbytes) // E
 
 
 def main() -> None:
@@ -87,7 +92,7 @@ def main() -> None:
                 out = torch.empty(batch * K, 1, H, device=DEVICE)
                 scratch = ByteRows(batch, K, H, I, DEVICE)
                 best: list[tuple[float, Cut]] = []
-                chosen = Cut.of(batch * K, num_faces, hopper=hopper)
+                chosen = Cut.of(batch * K, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
                 for cut in dict.fromkeys(
                     [chosen, *(one for one in CUTS if hopper or not one.many)]
                 ):
@@ -115,10 +120,7 @@ def main() -> None:
                 print(
                     f"{code} {variants} variants batch {batch:<4} floor {floor_us:6.1f} us, chosen "
                     f"{mine * 1e6:6.1f}; "
-                    + "; ".join(
-                        f"{c.tiles}/{'many' if c.many else c.turns} {s * 1e6:.1f}"
-                        for s, c in best[:6]
-                    )
+                    + "; ".join(f"{c.tiles}/{way_of(c)} {s * 1e6:.1f}" for s, c in best[:6])
                 )
             del alive, alive_too
     print_json({"benchmark": "nested_kernels", "read_tb_s": bandwidth / 1e12, "rows": results})

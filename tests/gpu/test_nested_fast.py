@@ -38,11 +38,23 @@ THREES = [
     (1, PrivateCode(3, 2)),
     (2, PrivateCode(2, 3)),
 ]
+# Faces of a slot that may be served together: more of them than meet, and one or none with others.
+MEETING = [
+    (0, PrivateCode(2, 3)),
+    (1, PrivateCode(1, 4)),
+    (0, PrivateCode(0, 0)),
+    (0, PrivateCode(1, 6)),
+    (2, PrivateCode(2, 2)),
+    (0, PrivateCode(2, 4)),
+    (2, PrivateCode(2, 5)),
+    (0, PrivateCode(2, 1)),
+]
 ALONE = [(slot, PrivateCode(2, 2)) for slot in range(SLOTS)]
 CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2))),
     *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
+    Cut(8, many=True, pairs=True),
 ]
 
 
@@ -81,7 +93,7 @@ def make_part(
         num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
         wide=any(code.bits == 4 for _, code in faces),
     )
-    return part, torch.stack(decoded).cuda(), alive
+    return nested_fast.with_maps(part), torch.stack(decoded).cuda(), alive
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -89,10 +101,16 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "cut", CUTS, ids=lambda cut: f"many{cut.tiles}" if cut and cut.many else str(cut)
+    "cut",
+    CUTS,
+    ids=lambda cut: (
+        ("pairs" if cut.pairs else f"many{cut.tiles}") if cut and cut.many else str(cut)
+    ),
 )
 @pytest.mark.parametrize("num_tokens", [1, 9, 40, 150])
-@pytest.mark.parametrize("faces", [MIXED, THREES, ALONE], ids=["mixed", "threes", "alone"])
+@pytest.mark.parametrize(
+    "faces", [MIXED, THREES, MEETING, ALONE], ids=["mixed", "threes", "meeting", "alone"]
+)
 def test_every_pair_is_what_decoding_first_gives(
     faces: list[tuple[int, PrivateCode]],
     num_tokens: int,

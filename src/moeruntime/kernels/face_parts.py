@@ -19,7 +19,11 @@ __all__ = [
     "GROUP",
     "MANY_ROWS",
     "MANY_THREADS",
+    "PAIR_BOX_ROWS",
+    "PAIR_ROWS",
+    "PAIR_THREADS",
     "ROWS",
+    "UNIT_WORDS",
     "WARPS",
     "ByteRows",
     "Cut",
@@ -42,6 +46,15 @@ MAX_FACES = 128
 MAX_TURNS = 8
 """That a program of gate_up takes."""
 
+PAIR_THREADS, PAIR_ROWS, PAIR_BOX_ROWS = 512, 192, 32
+"""Threads of a program of `nested_pairs.cu`, rows that it takes at a time, and that it fetches."""
+
+UNIT_WORDS = 12
+"""Integers that describe a unit of work, or a pair of faces."""
+
+FEW_IN_PAIRS, MANY_IN_PAIRS = 1.5, 6.0
+"""On a Hopper device `nested_pairs.cu` serves between so many tokens of a face, on average."""
+
 FEW_A_FACE = 3
 """On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average."""
 
@@ -59,6 +72,8 @@ class FacePart:
             [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
         num_planes: private planes that a face has at most; three bits are two.
         wide: whether one of them has 4 bits.
+        maps: uint8 [1 + 2 F, 128]; what `tensor_maps` makes of the shared plane, and of the two
+            planes that a face may have; on a Hopper device, for `nested_pairs.cu`.
     """
 
     num_rows: int
@@ -70,6 +85,7 @@ class FacePart:
     faces_F6: Tensor
     num_planes: int
     wide: bool
+    maps: Tensor | None = None
 
 
 def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
@@ -88,11 +104,13 @@ class Cut:
         turns: that a program of gate_up takes, one run of rows after another.
         many: `nested_many.cu`, for which tiles are 2, 4, 8 or 12 and turns 1, in place of
             `nested_fast.cu`, for which they are 1, 2 or 4.
+        pairs: before `nested_many.cu`, `nested_pairs.cu` serves faces of a slot two by two.
     """
 
     tiles: int
     turns: int = 1
     many: bool = False
+    pairs: bool = False
 
     @property
     def tokens(self) -> int:
@@ -100,9 +118,18 @@ class Cut:
         return 4 * self.tiles
 
     @classmethod
-    def of(cls, num_pairs: int, num_faces: int, *, hopper: bool) -> Cut:
-        """What was measured to be best on an H200 at the sizes of Mixtral-8x7B."""
+    def of(cls, num_pairs: int, num_faces: int, *, hopper: bool, faces_a_slot: float = 1.0) -> Cut:
+        """What was measured to be best on an H200 at the sizes of Mixtral-8x7B.
+
+        Args:
+            num_pairs: of a token and a choice.
+            num_faces: of the layer.
+            hopper: whether the device is one.
+            faces_a_slot: on average; 1 where they cannot be served two by two.
+        """
         a_face = num_pairs / num_faces
+        if hopper and faces_a_slot > 2 and FEW_IN_PAIRS <= a_face <= MANY_IN_PAIRS:
+            return cls(8, many=True, pairs=True)
         # All tokens may be of one variant: then there are many for each of its faces.
         if hopper and a_face >= FEW_A_FACE:
             return cls(12 if 24 < a_face <= 48 else 8, many=True)
@@ -128,7 +155,7 @@ class ByteRows:
         most_units = num_tokens * top_k
         self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
         self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
-        self.units = torch.empty(12 * most_units, dtype=torch.int32, device=device)
+        self.units = torch.empty(2 * UNIT_WORDS * most_units, dtype=torch.int32, device=device)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""

@@ -19,6 +19,8 @@ from moeruntime.kernels.face_parts import (
     GROUP,
     MANY_ROWS,
     MANY_THREADS,
+    PAIR_ROWS,
+    PAIR_THREADS,
     ROWS,
     WARPS,
     ByteRows,
@@ -26,11 +28,13 @@ from moeruntime.kernels.face_parts import (
     FacePart,
 )
 from moeruntime.kernels.nvrtc import compile_kernel
+from moeruntime.kernels.tensor_maps import MAP_BYTES, NO_MAP, encode_map
 
-__all__ = ["down", "gate_up", "most_pairs"]
+__all__ = ["down", "gate_up", "most_pairs", "with_maps"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
 MANY_SOURCE = SOURCE.with_name("nested_many.cu")
+PAIRS_SOURCE = SOURCE.with_name("nested_pairs.cu")
 
 MIN_STAGES, MAX_STAGES = 2, 4
 """Of the ring that a program of `nested_many.cu` copies steps into."""
@@ -40,6 +44,29 @@ BARRIER_BYTES = 16
 
 MAX_SHARED_BYTES = 227 * 1024
 """That a program may have on a Hopper device."""
+
+CODE_SLOTS, TOKEN_SLOTS = 6, 5
+"""Of the rings that a program of `nested_pairs.cu` copies into; as many as fit."""
+
+PAIRS_SHARED_BYTES = CODE_SLOTS * (PAIR_ROWS * GROUP + BARRIER_BYTES) + TOKEN_SLOTS * (
+    128 * GROUP + 64 * 8 + BARRIER_BYTES
+)
+"""Slots of codes; slots of both halves of 64 tokens, and what their integers count."""
+
+
+def with_maps(part: FacePart) -> FacePart:
+    """The part as `nested_pairs.cu` wants it, if its device is one that has that kernel."""
+    if not _device(part.scale_SRG.device)[1]:
+        return part
+    plane = part.planes[4]
+    run = part.num_columns // 8
+    maps = [encode_map(plane.data_ptr(), plane.shape[0] * part.num_rows, 4 * run)]
+    for _, bits, _, at4, at2, at1 in part.faces_F6.tolist():
+        at, runs = (at4, 4) if bits == 4 else (at1, 1) if bits == 1 else (at2, 2)
+        maps.append(encode_map(at, part.num_rows, runs * run) if bits else NO_MAP)
+        maps.append(encode_map(at1, part.num_rows, run) if bits == 3 else NO_MAP)
+    encoded = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8)
+    return replace(part, maps=encoded.reshape(-1, MAP_BYTES).to(plane.device))
 
 
 def most_pairs(device: torch.device) -> int:
@@ -91,9 +118,14 @@ def _launch(
     assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
     num_faces = len(part.faces_F6)
     num_multiprocessors, hopper = _device(x.device)
-    cut = _fitting(part, cut or Cut.of(num_pairs, num_faces, hopper=hopper))
+    may_pair = part.num_planes == 1 and not part.wide
+    faces_a_slot = num_faces / len(part.planes[4]) if may_pair else 1.0
+    cut = cut or Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
+    cut = _fitting(part, cut)
     num_units = lists.num_tiles(num_pairs, cut.tokens)
     num_groups = x.numel() // GROUP
+    has_pairs = cut.pairs and may_pair
+    pairs = scratch.units[len(scratch.units) // 2 :]
     compile_kernel(SOURCE, "halves", ())(
         (-(-num_groups // 4) + 1, 1, 1),
         128,
@@ -101,6 +133,7 @@ def _launch(
             x, scratch.values, scratch.groups, num_groups, part.num_columns // GROUP,
             part.faces_F6, lists.counts_LF[layer], num_faces,
             scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2], int(cut.many),
+            pairs, int(has_pairs),
         ),
         shared_bytes=0,
     )  # fmt: skip
@@ -110,18 +143,32 @@ def _launch(
         "PLANES": part.num_planes,
         "WIDE": int(part.wide),
     }
-    arguments = (
-        scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
-        lists.pairs_LFC[layer], scratch.units, lists.weights_TK, out,
-        part.num_rows, part.num_columns, lists.weights_TK.shape[1],
-    )  # fmt: skip
+
+    def arguments(codes: Tensor, units: Tensor) -> tuple[Tensor | int, ...]:
+        return (
+            scratch.values, scratch.groups, codes, part.scale_SRG,
+            lists.pairs_LFC[layer], units, lists.weights_TK, out,
+            part.num_rows, part.num_columns, lists.weights_TK.shape[1],
+        )  # fmt: skip
+
+    if has_pairs:
+        assert part.maps is not None
+        rings = {"CODE_SLOTS": CODE_SLOTS, "TOKEN_SLOTS": TOKEN_SLOTS}
+        compile_kernel(
+            PAIRS_SOURCE, "nested_pairs", (("GATE_UP", int(is_gate_up)), *rings.items())
+        )(
+            (num_multiprocessors, 1, 1),
+            PAIR_THREADS,
+            arguments(part.maps, pairs),
+            shared_bytes=PAIRS_SHARED_BYTES,
+        )
     if cut.many:
         stages, shared_bytes = _ring(part, cut)
         most_work = num_units * (part.num_rows // MANY_ROWS)
         compile_kernel(MANY_SOURCE, "nested_many", (*defines.items(), ("STAGES", stages)))(
             (min(most_work, num_multiprocessors), 1, 1),
             MANY_THREADS,
-            arguments,
+            arguments(part.planes[4], scratch.units),
             shared_bytes=shared_bytes,
         )
         return
@@ -129,7 +176,7 @@ def _launch(
     compile_kernel(SOURCE, "nested", tuple(defines.items()))(
         (num_units, part.num_rows // (ROWS * turns), 1),
         32 * WARPS,
-        (*arguments, turns),
+        (*arguments(part.planes[4], scratch.units), turns),
         shared_bytes=_shared_bytes(part, cut, turns),
     )
 

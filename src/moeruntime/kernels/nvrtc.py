@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.errors import ResourceError
+from moeruntime.kernels.driver import check_driver, driver
 
 __all__ = ["Kernel", "compile_kernel"]
 
@@ -42,7 +43,7 @@ class Kernel:
         """Launch; tensors go as pointers, integers as 32 bits."""
         if shared_bytes > self._shared_bytes:  # more than a kernel gets unasked
             attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check_driver(_driver().cuFuncSetAttribute(self._handle, attribute, shared_bytes))
+            check_driver(driver().cuFuncSetAttribute(self._handle, attribute, shared_bytes))
             self._shared_bytes = shared_bytes
         values = [
             ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one)
@@ -52,8 +53,8 @@ class Kernel:
             *(ctypes.cast(ctypes.pointer(one), ctypes.c_void_p) for one in values)
         )
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check_driver(
-            _driver().cuLaunchKernel(
+        check_driver(
+            driver().cuLaunchKernel(
                 self._handle, *grid, num_threads, 1, 1, shared_bytes, stream, pointers, None
             )
         )
@@ -79,8 +80,8 @@ def _loaded(path: Path, name: str, defines: tuple[tuple[str, int], ...], device:
     image = _compile(path, dict(defines), torch.cuda.get_device_capability(device))
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream()  # makes sure that the device's context is current
-    _check_driver(_driver().cuModuleLoadData(ctypes.byref(module), image))
-    _check_driver(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    check_driver(driver().cuModuleLoadData(ctypes.byref(module), image))
+    check_driver(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
     return Kernel(function)
 
 
@@ -93,6 +94,7 @@ def _compile(path: Path, defines: Mapping[str, int], capability: tuple[int, int]
     # With what this architecture alone has, as Hopper's products of warpgroups.
     own = "a" if capability[0] >= 9 else ""
     flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{own}", "--std=c++17"]
+    flags.append("--device-as-default-execution-space")  # as lambdas in lambdas need it
     flags += [f"-D{name}={value}" for name, value in defines.items()]
     array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     status = library.nvrtcCompileProgram(program, len(flags), array)
@@ -126,15 +128,3 @@ def _nvrtc() -> ctypes.CDLL:
         except OSError:
             continue
     raise ResourceError(f"{name} is missing, which torch {torch.__version__} usually brings along")
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check_driver(status: int) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {(text.value or b'unknown').decode()}")

@@ -270,6 +270,8 @@ def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
         )
         for idx, part in enumerate((gate_up, down))
     )
+    if fast:
+        gate_up, down = nested_fast.with_maps(gate_up), nested_fast.with_maps(down)
     return CodedPool(gate_up, down, fast)
 
 
