@@ -19,7 +19,6 @@ __all__ = [
     "GROUP",
     "MANY_ROWS",
     "MANY_THREADS",
-    "PAIR_BOX_ROWS",
     "PAIR_ROWS",
     "PAIR_THREADS",
     "ROWS",
@@ -46,8 +45,8 @@ MAX_FACES = 128
 MAX_TURNS = 8
 """That a program of gate_up takes."""
 
-PAIR_THREADS, PAIR_ROWS, PAIR_BOX_ROWS = 512, 192, 32
-"""Threads of a program of `nested_pairs.cu`, rows that it takes at a time, and that it fetches."""
+PAIR_THREADS, PAIR_ROWS = 512, 192
+"""Threads of a program of `nested_pairs.cu`, and rows that it takes at a time."""
 
 UNIT_WORDS = 12
 """Integers that describe a unit of work, or a pair of faces."""
