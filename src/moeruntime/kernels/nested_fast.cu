@@ -24,36 +24,14 @@
 // Compiled with GATE_UP, TILES (of four tokens), PLANES (private planes that a face has at most: three
 // bits are two) and WIDE (somebody has a private plane of 4 bits).
 
-typedef signed char i8;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
+#include "nested.cuh"
 
 struct Face {
     i64 slot, bits, step, at4, at2, at1;
 };
 
-struct Unit { // tokens of one face
-    i64 at4, at2, at1;
-    int slot, bits, step;
-    int first, tokens; // in `pairs`, and how many from there on: 0 where there is no work
-    int units;         // of the first one: how many there are
-};
-
-struct Entry { // tokens of a face that meets another
-    int face, step;
-    int first, tokens;
-};
-
-struct Pair { // for nested_pairs.cu
-    Entry entries[2];
-    int slot, bits;
-    int tiles; // of four tokens, that each has at most
-    int pairs; // of the first one: how many there are
-};
-
-constexpr int GROUP = 128, MOST_FACES = 128, MOST_TOKENS = 16; // of a face that meets another
+constexpr int MOST_FACES = 128;
+constexpr int MOST_TOKENS = 16; // of a face that meets another
 
 // By one block, a thread for each face: `tokens` of a face are a unit. Where there are pairs, faces of a slot that
 // have as many private bits and few tokens are listed two by two instead, by how many they have.
@@ -153,10 +131,6 @@ constexpr int RUN = ROWS * GROUP;                  // bytes of a run of codes in
 constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 4 : 2; // runs of the first private plane
 constexpr int STAGE = RUN * (4 + OWN + (PLANES == 2));
 constexpr int WARPS_AT_ONCE = TILES == 1 ? 16 : TILES == 2 ? 12 : 8; // on a multiprocessor
-
-__device__ __forceinline__ void copy_ahead(u32 to, const u8 *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
-}
 
 struct Words { // of a plane, 16 bytes of row g and of row g + 8, as two products want them
     uint4 top, bottom;

@@ -7,9 +7,7 @@
 // for all of those tokens, while the products of what was unpacked before run; tokens come from shared
 // memory without passing through registers.
 //
-// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which
-// has fields for both, is read once: with two fields a byte, 4 groups of 128 columns. Each is a batch of
-// four products of 64 rows and 32 columns a warpgroup.
+// A batch of a step (`Columns`) is four products of 64 rows and 32 columns a warpgroup.
 //
 // There is a block for every multiprocessor. One warpgroup copies steps into a ring, of one piece of work
 // after the other; two multiply, and never wait for each other but to put gate and up together. Tried and
@@ -22,21 +20,9 @@
 // Compiled with GATE_UP, TILES (2, 4, 8 or 12), PLANES (private planes that a face has at most: three bits
 // are two), WIDE (somebody has a private plane of 4 bits) and STAGES (of the ring).
 
-typedef signed char i8;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
+#include "nested_hopper.cuh"
 
-struct Unit { // as `halves` in nested_fast.cu lists them
-    i64 at4, at2, at1;
-    int slot, bits, step;
-    int first, tokens;
-    int units; // of the first one: how many there are
-};
-
-constexpr int GROUP = 128, ROWS = 128, BATCHES = 4;
+constexpr int ROWS = 128;
 constexpr int COPIERS = 128, WORKERS = 256, WARPS = WORKERS / 32;
 constexpr int MOST_TOKENS = 4 * TILES;
 constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a stage
@@ -46,29 +32,6 @@ constexpr int STAGE = TOKENS_AT + BATCHES * 2 * MOST_TOKENS * GROUP; // a multip
 constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = BATCHES * MOST_TOKENS * 8; // what tokens' integers count
 constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES, SUMS_AT = EMPTY_AT + 8 * STAGES;
 
-__device__ __forceinline__ void copy_ahead(u32 to, const void *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
-}
-__device__ __forceinline__ void copy_eight(u32 to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
-}
-
-__device__ __forceinline__ void init_barrier(u32 at, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void arrive_with_copies(u32 at) { // when this thread's copies so far are there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void await_phase(u32 at, u32 parity) {
-    asm volatile("{.reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" ::"r"(at),
-                 "r"(parity)
-                 : "memory");
-}
 __device__ __forceinline__ void await_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
 
 struct Ring { // the stage that is next, and how often the ring went round
@@ -148,24 +111,16 @@ template <int COUNT> __device__ __forceinline__ void keep_order(int (&c)[COUNT])
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
 }
 
-struct Words { // 16 bytes of row g and of row g + 8, the left and the right half of a group
-    uint4 top[2], bottom[2];
-    __device__ __forceinline__ void load(const u8 *run, int row, int t) {
+// Of row g and of row g + 8.
+__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
-            bottom[half] = *(const uint4 *)(run + place_of(row + 8, 4 * half + t));
-        }
+    for (int half = 0; half < 2; half++) {
+        words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
+        words.bottom[half] = *(const uint4 *)(run + place_of(row + 8, 4 * half + t));
     }
-    // Of product `i / 4`, its register `i % 4`.
-    __device__ __forceinline__ u32 operator[](int i) const {
-        const uint4 &v = i & 1 ? bottom[i >> 3] : top[i >> 3];
-        const int word = i >> 1 & 3;
-        return word == 0 ? v.x : word == 1 ? v.y : word == 2 ? v.z : v.w;
-    }
-};
+}
 
-struct Step { // all that its arguments say
+struct Step : Columns { // all that its arguments say
     const i8 *x;
     const float2 *groups;
     const u8 *plane;
@@ -173,17 +128,10 @@ struct Step { // all that its arguments say
     const int *pairs;
     const float *weights;
     float *out;
-    int num_rows, num_columns, top_k;
-    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
-    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
-    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
+    int num_rows, top_k;
     // The second 64 rows of a block are so far from the first.
     __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : ROWS / 2; }
     __device__ __forceinline__ int first_row(int tile) const { return tile * (GATE_UP ? ROWS / 2 : ROWS); }
-    // Which 128 columns a batch of a step is of.
-    __device__ __forceinline__ int group_of(int step, int batch) const {
-        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
-    }
 };
 
 // A copier takes 16 bytes of row `thread / 8` of a run, and of each 16th further down; and of tokens' halves.
@@ -291,10 +239,10 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
         auto unpack = [&](int batch) {
             const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
             if (field == 0) {
-                shared.load(here + upper * RUN, mine, t);
+                load(shared, here + upper * RUN, mine, t);
                 if (PLANES > 0 && (upper == 0 || WIDE))
-                    own.load(here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, t);
-                if (PLANES > 1 && upper == 0) own1.load(here + (2 + OWN) * RUN, mine, t);
+                    load(own, here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, t);
+                if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, t);
             }
             const int shift1 = p + 2 * upper + 4 * field;
             const int own_shift = bits == 1 ? shift1 : (bits == 4 ? 0 : 2 * upper) + 4 * field;
@@ -319,7 +267,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
             keep_order(found);
             float u[2];
 #pragma unroll
-            for (int below = 0; below < 2; below++) u[below] = __uint_as_float((u32)scale_of[batch][below] << 16);
+            for (int below = 0; below < 2; below++) u[below] = scale_from(scale_of[batch][below]);
 #pragma unroll
             for (int tile = 0; tile < T; tile++) {
                 const float2 one = groups_here[batch * TOKENS + 4 * tile];
@@ -385,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
         }
     }
     __syncthreads();
-    const Step of = {x, groups, plane, scales, pairs, weights, out, num_rows, num_columns, top_k};
+    const Step of = {{num_columns}, x, groups, plane, scales, pairs, weights, out, num_rows, top_k};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     Ring ring;
     if (threadIdx.x >= WORKERS) {

@@ -10,39 +10,18 @@
 // them. Tried and slower: H by products of warpgroups, alone or beside L by those of a warp; four faces at a
 // time with registers for two warps a scheduler.
 //
-// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
-// fields for both, is read once: with two fields a byte, 4 batches of 128 columns.
-//
 // There is a block for every multiprocessor. One thread has codes copied into a ring of slots by the copy
 // engine, two warps copy tokens into another ring, of one piece of work after the other. Twelve warps multiply,
 // and never wait for each other: each has 16 rows, a lane a neuron's gate and up row.
 //
 // Compiled with GATE_UP, CODE_SLOTS and TOKEN_SLOTS (of the rings).
 
-typedef signed char i8;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-
-struct Entry { // tokens of a face
-    int face, step;
-    int first, tokens; // in `pairs`, and how many from there on
-};
-
-struct Pair { // as `list_pairs` in nested_fast.cu makes them
-    Entry entries[2];
-    int slot, bits;
-    int tiles; // of four tokens, that each has at most
-    int pairs; // of the first one: how many there are
-};
+#include "nested_hopper.cuh"
 
 struct __align__(64) Map { // of a plane, as the copy engine wants it: rows of bytes, boxes of 128 bytes and 32 rows
     u64 words[16];
 };
 
-constexpr int GROUP = 128, BATCHES = 4;
 constexpr int PARTS = 3, ROWS = 64, BOX_ROWS = 32; // of a block
 constexpr int COPIERS = 64, WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
 constexpr int PART = ROWS * GROUP, RUN = PARTS * PART; // bytes of a run of codes
@@ -52,6 +31,7 @@ constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS 
 constexpr int BARRIERS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
 constexpr int STEP_CODES = 4; // slots: H, both L, H
 
+// In one go, so that each has an address of its own and none waits for the one before to be done with it.
 __device__ __forceinline__ void copy_two(u32 to, const i8 *a, const i8 *b) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
                  "cp.async.cg.shared.global.L2::128B [%0 + 1024], [%2], 16;" ::"r"(to),
@@ -63,26 +43,6 @@ __device__ __forceinline__ void copy_four(u32 to, const i8 *a, const i8 *b, cons
                  "cp.async.cg.shared.global.L2::128B [%0 + 2048], [%3], 16;\n"
                  "cp.async.cg.shared.global.L2::128B [%0 + 3072], [%4], 16;" ::"r"(to),
                  "l"(a), "l"(b), "l"(c), "l"(d));
-}
-__device__ __forceinline__ void copy_eight(u32 to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
-}
-
-__device__ __forceinline__ void init_barrier(u32 at, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void arrive_with_copies(u32 at) { // when this thread's copies so far are there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void await_phase(u32 at, u32 parity) {
-    asm volatile("{.reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;}" ::"r"(at),
-                 "r"(parity)
-                 : "memory");
 }
 // Like `arrive`, and so many bytes are to come before the phase ends.
 __device__ __forceinline__ void arrive_expecting(u32 at, int bytes) {
@@ -134,24 +94,16 @@ __device__ __forceinline__ void multiply(int (&c)[4], const u32 *a, u32 x0, u32 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 
-struct Words { // 16 bytes of a lane's two rows, the left and the right half of a group
-    uint4 top[2], bottom[2];
-    __device__ __forceinline__ void load(const u8 *run, int row, int t) {
+// Of a row and of the row 32 further down.
+__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
-            bottom[half] = *(const uint4 *)(run + place_of(row + BOX_ROWS, 4 * half + t));
-        }
+    for (int half = 0; half < 2; half++) {
+        words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
+        words.bottom[half] = *(const uint4 *)(run + place_of(row + BOX_ROWS, 4 * half + t));
     }
-    // Of product `i / 4`, its register `i % 4`.
-    __device__ __forceinline__ u32 operator[](int i) const {
-        const uint4 &v = i & 1 ? bottom[i >> 3] : top[i >> 3];
-        const int word = i >> 1 & 3;
-        return word == 0 ? v.x : word == 1 ? v.y : word == 2 ? v.z : v.w;
-    }
-};
+}
 
-struct Step { // all that its arguments say
+struct Step : Columns { // all that its arguments say
     const i8 *x;
     const float2 *groups;
     const Map *maps; // of the shared plane, then two of each face
@@ -159,20 +111,13 @@ struct Step { // all that its arguments say
     const int *pairs;
     const float *weights;
     float *out;
-    int num_rows, num_columns, top_k;
-    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
-    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
-    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
+    int num_rows, top_k;
     __device__ __forceinline__ int tiles() const { return (num_rows / ROWS + PARTS - 1) / PARTS; }
     // The second 32 rows of a part are so far from the first.
     __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : BOX_ROWS; }
     // Where there is no part any more the last one is done again.
     __device__ __forceinline__ int first_row(int tile, int part) const {
         return min(tile * PARTS + part, num_rows / ROWS - 1) * (GATE_UP ? BOX_ROWS : ROWS);
-    }
-    // Which 128 columns a batch of a step is of.
-    __device__ __forceinline__ int group_of(int step, int batch) const {
-        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
     }
 };
 
@@ -253,8 +198,6 @@ __device__ __forceinline__ void copy_tokens(const Step &of, const Pair &pair, u3
     }
 }
 
-__device__ __forceinline__ float scale_from(u16 bits) { return __uint_as_float((u32)bits << 16); }
-
 // T tiles of either face.
 template <int T>
 __device__ __forceinline__ void multiply_pair(const Step &of, const Pair &pair, int tile, u8 *memory, u32 memory_at,
@@ -279,16 +222,16 @@ __device__ __forceinline__ void multiply_pair(const Step &of, const Pair &pair, 
         __syncwarp();
         if (lane < count) arrive(memory_at + at.ahead(lane).empty());
     };
-    auto load = [&](Words &words, const Codes &at) { words.load(memory + at.at() + part * PART, mine, t); };
+    auto load_run = [&](Words &words, const Codes &at) { load(words, memory + at.at() + part * PART, mine, t); };
     const int steps = of.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
 #pragma unroll
         for (int i = 0; i < 3; i++) await_phase(memory_at + ring.ahead(i).full(), ring.ahead(i).parity);
         Words shared, own[2];
-        load(shared, ring);
-        load(own[0], ring.ahead(1));
-        load(own[1], ring.ahead(2));
+        load_run(shared, ring);
+        load_run(own[0], ring.ahead(1));
+        load_run(own[1], ring.ahead(2));
         u32 tokens_at[STEP_TOKENS];
         const float2 *groups_at[STEP_TOKENS];
 #pragma unroll
@@ -305,7 +248,7 @@ __device__ __forceinline__ void multiply_pair(const Step &of, const Pair &pair, 
         for (int batch = 0; batch < BATCHES; batch++) {
             if (batch == 2) {
                 await_phase(memory_at + ring.ahead(3).full(), ring.ahead(3).parity);
-                load(shared, ring.ahead(3));
+                load_run(shared, ring.ahead(3));
                 release(ring.ahead(3), 1);
             }
             const u16 *const scale_here = scale_at + of.group_of(step, batch);
@@ -404,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();
-    const Step of = {x, groups, maps, scales, pairs, weights, out, num_rows, num_columns, top_k};
+    const Step of = {{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k};
     const int work = num_pairs * of.tiles();
     // Turned by a pair for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto pair_of = [&](int at) { return work_pairs + (at + at / num_pairs) % num_pairs; };

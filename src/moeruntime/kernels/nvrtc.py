@@ -64,7 +64,7 @@ def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) 
     """Compile a file's kernel for the current device, unless that was done before.
 
     Args:
-        path: CUDA C++ that includes nothing.
+        path: CUDA C++ that includes nothing but files beside it.
         name: an `extern "C"` kernel in it.
         defines: macros.
 
@@ -95,6 +95,7 @@ def _compile(path: Path, defines: Mapping[str, int], capability: tuple[int, int]
     own = "a" if capability[0] >= 9 else ""
     flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{own}", "--std=c++17"]
     flags.append("--device-as-default-execution-space")  # as lambdas in lambdas need it
+    flags.append(f"--include-path={path.parent}")
     flags += [f"-D{name}={value}" for name, value in defines.items()]
     array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     status = library.nvrtcCompileProgram(program, len(flags), array)

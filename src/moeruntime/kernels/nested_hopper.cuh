@@ -1,0 +1,52 @@
+// What the kernels of nested experts for Hopper devices have in common: how warps that copy and warps that
+// multiply wait for each other, and how a step goes through the columns.
+#pragma once
+#include "nested.cuh"
+
+__device__ __forceinline__ void copy_eight(u32 to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
+}
+
+__device__ __forceinline__ void init_barrier(u32 at, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void arrive_with_copies(u32 at) { // when this thread's copies so far are there
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
+__device__ __forceinline__ void await_phase(u32 at, u32 parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;}" ::"r"(at),
+                 "r"(parity)
+                 : "memory");
+}
+
+struct Words { // 16 bytes of a lane's two rows, the left and the right half of a group
+    uint4 top[2], bottom[2];
+    // Of product `i / 4`, its register `i % 4`.
+    __device__ __forceinline__ u32 operator[](int i) const {
+        const uint4 &v = i & 1 ? bottom[i >> 3] : top[i >> 3];
+        const int word = i >> 1 & 3;
+        return word == 0 ? v.x : word == 1 ? v.y : word == 2 ? v.z : v.w;
+    }
+};
+
+constexpr int BATCHES = 4;
+
+// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
+// fields for both, is read once: with two fields a byte, 4 batches of 128 columns.
+struct Columns {
+    int num_columns;
+    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
+    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
+    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
+    // Which 128 columns a batch of a step is of.
+    __device__ __forceinline__ int group_of(int step, int batch) const {
+        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
+    }
+};
+
+__device__ __forceinline__ float scale_from(u16 bits) { return __uint_as_float((u32)bits << 16); }
