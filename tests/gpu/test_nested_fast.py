@@ -96,17 +96,19 @@ def make_part(
     return nested_fast.with_maps(part), torch.stack(decoded).cuda(), alive
 
 
+def name_of(cut: Cut | None) -> str:
+    if cut is None:
+        return "chosen"
+    if cut.pairs:
+        return "pairs"
+    return f"many{cut.tiles}" if cut.many else f"few{cut.tiles}x{cut.turns}"
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(
-    "cut",
-    CUTS,
-    ids=lambda cut: (
-        ("pairs" if cut.pairs else f"many{cut.tiles}") if cut and cut.many else str(cut)
-    ),
-)
+@pytest.mark.parametrize("cut", CUTS, ids=name_of)
 @pytest.mark.parametrize("num_tokens", [1, 9, 40, 150])
 @pytest.mark.parametrize(
     "faces", [MIXED, THREES, MEETING, ALONE], ids=["mixed", "threes", "meeting", "alone"]

@@ -71,8 +71,8 @@ class FacePart:
             [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
         num_planes: private planes that a face has at most; three bits are two.
         wide: whether one of them has 4 bits.
-        maps: uint8 [1 + 2 F, 128]; what `tensor_maps` makes of the shared plane, and of the two
-            planes that a face may have; on a Hopper device, for `nested_pairs.cu`.
+        maps: uint8 [1 + F, 128]; what `tensor_maps` makes of the shared and of each private plane,
+            for `nested_pairs.cu`.
     """
 
     num_rows: int
@@ -85,6 +85,11 @@ class FacePart:
     num_planes: int
     wide: bool
     maps: Tensor | None = None
+
+    @property
+    def may_pair(self) -> bool:
+        """Whether `nested_pairs.cu` reads such codes: of faces of two private bits at most."""
+        return self.num_planes == 1 and not self.wide
 
 
 def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:

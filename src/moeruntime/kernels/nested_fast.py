@@ -55,16 +55,14 @@ PAIRS_SHARED_BYTES = CODE_SLOTS * (PAIR_ROWS * GROUP + BARRIER_BYTES) + TOKEN_SL
 
 
 def with_maps(part: FacePart) -> FacePart:
-    """The part as `nested_pairs.cu` wants it, if its device is one that has that kernel."""
-    if not _device(part.scale_SRG.device)[1]:
+    """The part as `nested_pairs.cu` wants it, where that may serve it."""
+    if not (part.may_pair and _device(part.scale_SRG.device)[1]):
         return part
-    plane = part.planes[4]
-    run = part.num_columns // 8
+    plane, run = part.planes[4], part.num_columns // 8
     maps = [encode_map(plane.data_ptr(), plane.shape[0] * part.num_rows, 4 * run)]
-    for _, bits, _, at4, at2, at1 in part.faces_F6.tolist():
-        at, runs = (at4, 4) if bits == 4 else (at1, 1) if bits == 1 else (at2, 2)
-        maps.append(encode_map(at, part.num_rows, runs * run) if bits else NO_MAP)
-        maps.append(encode_map(at1, part.num_rows, run) if bits == 3 else NO_MAP)
+    for _, bits, _, _, at2, at1 in part.faces_F6.tolist():
+        at = at1 if bits == 1 else at2
+        maps.append(encode_map(at, part.num_rows, bits * run) if bits else NO_MAP)
     encoded = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8)
     return replace(part, maps=encoded.reshape(-1, MAP_BYTES).to(plane.device))
 
@@ -118,13 +116,12 @@ def _launch(
     assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
     num_faces = len(part.faces_F6)
     num_multiprocessors, hopper = _device(x.device)
-    may_pair = part.num_planes == 1 and not part.wide
-    faces_a_slot = num_faces / len(part.planes[4]) if may_pair else 1.0
+    faces_a_slot = num_faces / len(part.planes[4]) if part.may_pair else 1.0
     cut = cut or Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
     cut = _fitting(part, cut)
     num_units = lists.num_tiles(num_pairs, cut.tokens)
     num_groups = x.numel() // GROUP
-    has_pairs = cut.pairs and may_pair
+    has_pairs = cut.pairs and part.may_pair
     pairs = scratch.units[len(scratch.units) // 2 :]
     compile_kernel(SOURCE, "halves", ())(
         (-(-num_groups // 4) + 1, 1, 1),

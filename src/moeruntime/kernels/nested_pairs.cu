@@ -6,9 +6,8 @@
 // H and L are multiplied by themselves, as they lie in a byte; the powers of two leave with the scale. So
 // four codes take one instruction, where putting 8 H + a L together as `nested_many.cu` does takes five:
 // it is how fast instructions are issued that limits these kernels, far more than how fast codes are fetched.
-// Products are those of a warp. Up to 8 tokens they are as cheap as a warpgroup's, and nothing has to wait for
-// them. Tried and slower: H by products of warpgroups, alone or beside L by those of a warp; four faces at a
-// time with registers for two warps a scheduler.
+// Products are those of a warp: nothing has to wait for them. Tried and slower: H by products of warpgroups,
+// alone or beside L by those of a warp. What is known of four faces at a time is in docs/architecture.md.
 //
 // There is a block for every multiprocessor. One thread has codes copied into a ring of slots by the copy
 // engine, two warps copy tokens into another ring, of one piece of work after the other. Twelve warps multiply,
@@ -106,7 +105,7 @@ __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t
 struct Step : Columns { // all that its arguments say
     const i8 *x;
     const float2 *groups;
-    const Map *maps; // of the shared plane, then two of each face
+    const Map *maps; // of the shared plane, then of each face's
     const u16 *scales;
     const int *pairs;
     const float *weights;
@@ -142,7 +141,7 @@ __device__ __forceinline__ void copy_codes(const Step &of, const Pair &pair, int
         }
         ring.advance(1);
     };
-    const Map *const own[2] = {of.maps + 1 + 2 * pair.entries[0].face, of.maps + 1 + 2 * pair.entries[1].face};
+    const Map *const own[2] = {of.maps + 1 + pair.entries[0].face, of.maps + 1 + pair.entries[1].face};
     const int steps = of.steps(), own_run = pair.bits == 1 ? 0 : J;
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {

@@ -6,7 +6,7 @@ import ctypes
 
 from moeruntime.kernels.driver import check_driver, driver
 
-__all__ = ["BOX_BYTES", "BOX_ROWS", "MAP_BYTES", "NO_MAP", "encode_map"]
+__all__ = ["MAP_BYTES", "NO_MAP", "encode_map"]
 
 MAP_BYTES = 128
 
