@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeruntime.kernels.chain import begin_chained, chained
 from moeruntime.kernels.spans import SPAN_ROWS, Spans
 
 __all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attention"]
@@ -115,8 +116,9 @@ def _decode_kernel(
     sums, totals, arrived, table_stride, totals_half, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     token, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if tl.load(variant_T + token) < 0:
         return
@@ -265,7 +267,7 @@ def decode_attention(
         DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block,
         STEP=STEP,
         SPLITS=scratch.splits, PRECISION="ieee" if qkv_TC.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=STAGES,
+        num_warps=4, num_stages=STAGES, **chained(qkv_TC.device),
     )  # fmt: skip
 
 

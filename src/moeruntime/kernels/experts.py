@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeruntime.kernels.chain import begin_chained, chained
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.norms import find_tile
 from moeruntime.kernels.shapes import Shape
@@ -27,8 +28,9 @@ def _gate_up_kernel(
     x, weight, out, counts, pairs, capacity, face_stride,
     F: tl.constexpr, H: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
     if face >= F:
         return
@@ -86,7 +88,7 @@ def gate_up(
         F=lists.counts_LF.shape[1], H=hidden, I=inner, K=top_k,
         ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PRECISION="ieee" if x_TH.dtype == torch.float32 else "tf32",
-        num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages, **chained(x_TH.device),
     )  # fmt: skip
 
 
@@ -94,8 +96,9 @@ def gate_up(
 def _down_kernel(
     x, weight, out, weights_TK, counts, pairs, capacity, face_stride,
     F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
     if face >= F:
         return
@@ -150,5 +153,5 @@ def down(
         F=lists.counts_LF.shape[1], I=inner, H=hidden,
         ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PARTS=shape.parts, PRECISION="ieee" if x_MI.dtype == torch.float32 else "tf32",
-        num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages, **chained(x_MI.device),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 // What the kernels of nested experts have in common: numbers' names, and the lists of their work.
 #pragma once
+#include "chain.cuh"
 
 typedef signed char i8;
 typedef unsigned char u8;

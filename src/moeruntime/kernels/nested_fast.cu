@@ -89,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(MOST_FACES)
            int groups_a_row, const Face *__restrict__ faces, const int *__restrict__ counts, int num_faces,
            Unit *__restrict__ units, int num_units, int tokens, int capacity, int transposed, Pair *__restrict__ pairs,
            int has_pairs) {
+    begin();
     const int thread = threadIdx.x, lane = thread & 31;
     if (blockIdx.x + 1 == gridDim.x) {
         list_units(faces, counts, num_faces, units, num_units, tokens, capacity, has_pairs ? pairs : nullptr);
@@ -162,6 +163,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
            const float *__restrict__ weights, float *__restrict__ out, int num_rows, int num_columns, int top_k,
            int turns) {
     extern __shared__ __align__(128) u8 memory[];
+    begin();
     const int thread = threadIdx.x, q = thread >> 5, lane = thread & 31; // each warp has its run
     const int g = lane >> 2, t = lane & 3;
     const Unit unit = units[blockIdx.x];

@@ -333,6 +333,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
         }
     }
     __syncthreads();
+    begin();
     const Step of = {{num_columns}, x, groups, plane, scales, pairs, weights, out, num_rows, top_k};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     Ring ring;

@@ -329,6 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  const u16 *__restrict__ scales, const int *__restrict__ pairs, const Pair *__restrict__ work_pairs,
                  const float *__restrict__ weights, float *__restrict__ out, int num_rows, int num_columns, int top_k) {
     extern __shared__ __align__(1024) u8 memory[];
+    begin();
     const int num_pairs = work_pairs[0].pairs;
     if (num_pairs == 0) return;
     const u32 memory_at = (u32)__cvta_generic_to_shared(memory);

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeruntime.kernels.chain import begin_chained, chained
 from moeruntime.kernels.face_lists import FaceLists
 
 __all__ = ["add_norm", "find_tile", "gated", "in_order", "route"]
@@ -45,7 +46,9 @@ def _sum_parts(
 def _add_norm_kernel(
     residual, parts, rows, shares, weight, slot_T, out, slot_stride, eps,
     P: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, GATHERED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     token = tl.program_id(0)
     offsets = tl.arange(0, ROW)
     inside = offsets < H
@@ -92,7 +95,7 @@ def add_norm(
         residual_TH, nothing if parts is None else parts, nothing if rows_TP is None else rows_TP,
         nothing if shares_TP is None else shares_TP, weight_RH, slot_T, out_TH,
         weight_RH.stride(0), eps,
-        P=num_parts, H=hidden, **_row(hidden), GATHERED=gathered,
+        P=num_parts, H=hidden, GATHERED=gathered, **_row(hidden), **chained(residual_TH.device),
     )  # fmt: skip
 
 
@@ -119,8 +122,9 @@ def _route_kernel(
     counts, pairs, weights,
     norm_stride, router_stride, faces_stride, capacity, eps,
     P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
-    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr,
+    K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     token = tl.program_id(0)
     slot, variant = tl.load(slot_T + token), tl.load(variant_T + token)
     router += slot * router_stride
@@ -201,6 +205,7 @@ def route(
         E_POW2=triton.next_power_of_2(num_experts), K=top_k,
         K_POW2=triton.next_power_of_2(top_k),
         AT_ONCE=min(EXPERTS_AT_ONCE, triton.next_power_of_2(num_experts)), **_row(hidden),
+        **chained(residual_TH.device),
     )  # fmt: skip
 
 

@@ -15,22 +15,54 @@ import torch
 from torch import Tensor
 
 from moeruntime.errors import ResourceError
-from moeruntime.kernels.driver import check_driver, driver
+from moeruntime.kernels.driver import chains, check_driver, driver
 
 __all__ = ["Kernel", "compile_kernel"]
 
 
 PLAIN_SHARED_BYTES = 48 * 1024
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of those that are a number."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("padding", ctypes.c_uint),
+        ("value", ctypes.c_int),
+        ("rest_of_value", ctypes.c_char * 60),
+    )
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
 
 
 class Kernel:
-    """A function on the device, launched on the current stream; captured like any other launch."""
+    """A function on the device, launched on the current stream; captured like any other launch.
 
-    def __init__(self, handle: ctypes.c_void_p) -> None:
-        """Wrap what the driver calls a function."""
+    Where the device can, it is put in place while the kernel before it ends (see `chain`): what it
+    does first is `begin` of `chain.cuh`.
+    """
+
+    def __init__(self, handle: ctypes.c_void_p, capability: tuple[int, int]) -> None:
+        """Wrap what the driver calls a function, on a device of such a capability."""
         self._handle = handle
         self._shared_bytes = PLAIN_SHARED_BYTES
+        chained = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        self._attributes = (_Attribute * 1)(chained)
+        self._num_attributes = int(chains(capability))
 
     def __call__(
         self,
@@ -52,12 +84,15 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(
             *(ctypes.cast(ctypes.pointer(one), ctypes.c_void_p) for one in values)
         )
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        check_driver(
-            driver().cuLaunchKernel(
-                self._handle, *grid, num_threads, 1, 1, shared_bytes, stream, pointers, None
-            )
+        launch = _Launch(
+            grid,
+            (num_threads, 1, 1),
+            shared_bytes,
+            torch.cuda.current_stream().cuda_stream,
+            self._attributes,
+            self._num_attributes,
         )
+        check_driver(driver().cuLaunchKernelEx(ctypes.byref(launch), self._handle, pointers, None))
 
 
 def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
@@ -77,12 +112,13 @@ def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) 
 @cache
 def _loaded(path: Path, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
     """A loaded module is the device's that it was loaded on."""
-    image = _compile(path, dict(defines), torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    image = _compile(path, dict(defines), capability)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream()  # makes sure that the device's context is current
     check_driver(driver().cuModuleLoadData(ctypes.byref(module), image))
     check_driver(driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-    return Kernel(function)
+    return Kernel(function, capability)
 
 
 def _compile(path: Path, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeruntime.kernels.chain import begin_chained, chained
 from moeruntime.kernels.shapes import Shape
 
 __all__ = ["project"]
@@ -24,8 +25,9 @@ __all__ = ["project"]
 def _project_kernel(
     x, weight, out, tiles, slot_stride, num_tiles,
     I: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     tile, part = tl.program_id(0), tl.program_id(2)
     slot = tl.load(tiles + tile).to(tl.int64)
     if slot < 0:
@@ -71,5 +73,5 @@ def project(
         x_TI, weight_ROI, out, tiles_3N, weight_ROI.stride(0), num_tiles,
         I=num_in, O=num_out, ROWS=shape.rows, STEP=shape.step, TOKENS=shape.tokens,
         PARTS=shape.parts, PRECISION="ieee" if x_TI.dtype == torch.float32 else "tf32",
-        num_warps=shape.warps, num_stages=shape.stages,
+        num_warps=shape.warps, num_stages=shape.stages, **chained(x_TI.device),
     )  # fmt: skip
