@@ -336,15 +336,17 @@ extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
     begin();
     const Step of = {{num_columns}, x, groups, plane, scales, pairs, weights, out, num_rows, top_k};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
+    // Turned by a unit for each row tile: some are dear and some cheap, and every block should get all kinds.
+    auto unit_of = [&](int at) { return (at + at / num_units) % num_units; };
     Ring ring;
     if (threadIdx.x >= WORKERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         for (int at = blockIdx.x; at < work; at += gridDim.x)
-            copy_all(of, units[at % num_units], at / num_units, ring_at, ring);
+            copy_all(of, units[unit_of(at)], at / num_units, ring_at, ring);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         for (int at = blockIdx.x; at < work; at += gridDim.x) {
-            const Unit unit = units[at % num_units];
+            const Unit unit = units[unit_of(at)];
             const int tiles = tiles_for(unit.tokens), row_tile = at / num_units;
             if (TILES >= 12 && tiles == 12)
                 multiply_all<TILES >= 12 ? 12 : 2>(of, unit, row_tile, memory, ring_at, ring);
