@@ -48,7 +48,7 @@ MAX_TURNS = 8
 PAIR_THREADS, PAIR_ROWS = 512, 192
 """Threads of a program of `nested_pairs.cu`, and rows that it takes at a time."""
 
-UNIT_WORDS = 12
+UNIT_WORDS = 14
 """Integers that describe a unit of work, or a pair of faces."""
 
 FEW_IN_PAIRS, MANY_IN_PAIRS = 1.5, 6.0
@@ -71,8 +71,8 @@ class FacePart:
             [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
         num_planes: private planes that a face has at most; three bits are two.
         wide: whether one of them has 4 bits.
-        maps: uint8 [1 + F, 128]; what `tensor_maps` makes of the shared and of each private plane,
-            for `nested_pairs.cu`.
+        maps: uint8 [1 + 3 F, 128]; what `tensor_maps` makes of the shared plane and of each face's
+            private ones, for a Hopper device.
     """
 
     num_rows: int

@@ -13,7 +13,7 @@ constexpr int GROUP = 128; // columns that have one scale
 
 struct Unit { // tokens of one face
     i64 at4, at2, at1;
-    int slot, bits, step;
+    int face, slot, bits, step;
     int first, tokens; // in `pairs`, and how many from there on: 0 where there is no work
     int units;         // of the first one: how many there are
 };

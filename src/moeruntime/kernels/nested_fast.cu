@@ -66,8 +66,8 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
     for (int other = 0; other < thread; other++) at += num_of[other], pair_at += leads[other];
     if (alone)
         for (int first = 0; first < count && at < num_units; first += tokens, at++)
-            units[at] = {face.at4,       face.at2,       face.at1, (int)face.slot,
-                         (int)face.bits, (int)face.step, thread * capacity + first, min(tokens, count - first)};
+            units[at] = {face.at4, face.at2, face.at1, thread, (int)face.slot, (int)face.bits, (int)face.step,
+                         thread * capacity + first, min(tokens, count - first)};
     if (leads[thread]) {
         const Entry mine = {thread, (int)face.step, thread * capacity, count};
         const Entry other = partner < 0 ? Entry{thread, 0, thread * capacity, 0}

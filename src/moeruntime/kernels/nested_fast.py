@@ -55,14 +55,14 @@ PAIRS_SHARED_BYTES = CODE_SLOTS * (PAIR_ROWS * GROUP + BARRIER_BYTES) + TOKEN_SL
 
 
 def with_maps(part: FacePart) -> FacePart:
-    """The part as `nested_pairs.cu` wants it, where that may serve it."""
-    if not (part.may_pair and _device(part.scale_SRG.device)[1]):
+    """The part as `nested_many.cu` and `nested_pairs.cu` want it, on a Hopper device."""
+    if not _device(part.scale_SRG.device)[1]:
         return part
     plane, run = part.planes[4], part.num_columns // 8
     maps = [encode_map(plane.data_ptr(), plane.shape[0] * part.num_rows, 4 * run)]
-    for _, bits, _, _, at2, at1 in part.faces_F6.tolist():
-        at = at1 if bits == 1 else at2
-        maps.append(encode_map(at, part.num_rows, bits * run) if bits else NO_MAP)
+    for face in part.faces_F6.tolist():
+        for bits, at in zip((4, 2, 1), face[3:], strict=True):
+            maps.append(encode_map(at, part.num_rows, bits * run) if at else NO_MAP)
     encoded = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8)
     return replace(part, maps=encoded.reshape(-1, MAP_BYTES).to(plane.device))
 
@@ -141,7 +141,8 @@ def _launch(
         "WIDE": int(part.wide),
     }
 
-    def arguments(codes: Tensor, units: Tensor) -> tuple[Tensor | int, ...]:
+    def arguments(codes: Tensor | None, units: Tensor) -> tuple[Tensor | int, ...]:
+        assert codes is not None  # `with_maps` makes maps on a Hopper device
         return (
             scratch.values, scratch.groups, codes, part.scale_SRG,
             lists.pairs_LFC[layer], units, lists.weights_TK, out,
@@ -149,7 +150,6 @@ def _launch(
         )  # fmt: skip
 
     if has_pairs:
-        assert part.maps is not None
         rings = {"CODE_SLOTS": CODE_SLOTS, "TOKEN_SLOTS": TOKEN_SLOTS}
         compile_kernel(
             PAIRS_SOURCE, "nested_pairs", (("GATE_UP", int(is_gate_up)), *rings.items())
@@ -165,7 +165,7 @@ def _launch(
         compile_kernel(MANY_SOURCE, "nested_many", (*defines.items(), ("STAGES", stages)))(
             (min(most_work, num_multiprocessors), 1, 1),
             MANY_THREADS,
-            arguments(part.planes[4], scratch.units),
+            arguments(part.maps, scratch.units),
             shared_bytes=shared_bytes,
         )
         return

@@ -24,6 +24,32 @@ __device__ __forceinline__ void await_phase(u32 at, u32 parity) {
                  : "memory");
 }
 
+constexpr int BOX_ROWS = 32;
+
+struct __align__(64) Map { // of a plane, as the copy engine wants it: rows of bytes, boxes of 128 bytes and 32 rows
+    u64 words[16];
+};
+
+// Of the shared plane, then of each face's private planes of 4, 2 and 1 bits: the one of so many.
+__device__ __forceinline__ const Map *own_map(const Map *maps, int face, int bits) {
+    return maps + 1 + 3 * face + (bits == 4 ? 0 : bits == 1 ? 2 : 1);
+}
+
+// Like `arrive`, and so many bytes are to come before the phase ends.
+__device__ __forceinline__ void arrive_expecting(u32 at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+// 32 rows of 128 bytes, whose 16-byte chunks are exchanged as `place_of` says.
+__device__ __forceinline__ void copy_box(u32 to, const Map *map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}],"
+                 "[%4];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+// Where a chunk of 16 bytes of a row of 128 lies: in other banks than those of rows beside it.
+__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ row & 7); }
+
 struct Words { // 16 bytes of a lane's two rows, the left and the right half of a group
     uint4 top[2], bottom[2];
     // Of product `i / 4`, its register `i % 4`.

@@ -10,9 +10,10 @@
 // A batch of a step (`Columns`) is four products of 64 rows and 32 columns a warpgroup.
 //
 // There is a block for every multiprocessor. One warpgroup copies steps into a ring, of one piece of work
-// after the other; two multiply, and never wait for each other but to put gate and up together. Tried and
-// no faster: tokens fetched once for a cluster of blocks; two smaller blocks a multiprocessor; a slot's shared
-// codes fetched once for all of its faces; only the tokens that there are, in place of whole tiles. H and L
+// after the other, codes through the copy engine; two multiply, and never wait for each other but to put gate
+// and up together. Tried and no faster: tokens fetched once for a cluster of blocks; two smaller blocks a
+// multiprocessor; a slot's shared codes fetched once for all of its faces, or put together with the private
+// codes of four faces one after the other; only the tokens that there are, in place of whole tiles. H and L
 // multiplied by themselves, H with the tokens of four faces at once, is an eighth faster for about four
 // tokens of each, and slower for more or for one face. In field 1 H could be used where it lies, if twice
 // the sum fitted a byte: it does not, as it may be 134.
@@ -41,9 +42,6 @@ struct Ring { // the stage that is next, and how often the ring went round
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
-
-// Rows of a run are 128 bytes apart, which is all banks: every other one has its halves exchanged.
-__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ (row & 1) << 2); }
 
 // Of an operand in shared memory: rows of 128 bytes, 16-byte chunks of eight rows exchanged by their number.
 __device__ __forceinline__ u64 descriptor(u32 at) {
@@ -111,7 +109,7 @@ template <int COUNT> __device__ __forceinline__ void keep_order(int (&c)[COUNT])
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
 }
 
-// Of row g and of row g + 8.
+// Of a row and of the row 8 further down.
 __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -123,7 +121,7 @@ __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t
 struct Step : Columns { // all that its arguments say
     const i8 *x;
     const float2 *groups;
-    const u8 *plane;
+    const Map *maps;
     const u16 *scales;
     const int *pairs;
     const float *weights;
@@ -134,18 +132,22 @@ struct Step : Columns { // all that its arguments say
     __device__ __forceinline__ int first_row(int tile) const { return tile * (GATE_UP ? ROWS / 2 : ROWS); }
 };
 
-// A copier takes 16 bytes of row `thread / 8` of a run, and of each 16th further down; and of tokens' halves.
+// One copier has codes copied by the copy engine. All of them copy tokens: 16 bytes of half `thread / 8`, and of each
+// 16th further down.
 __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int tile, u32 ring_at, Ring &ring) {
     constexpr int APART = COPIERS / 8;
     const int thread = threadIdx.x - WORKERS, chunk = thread & 7, row = thread >> 3;
     const int bits = unit.bits, J = of.num_columns / 8, tiles = tiles_for(unit.tokens);
-    const int own_runs = bits == 4 ? 4 : bits == 1 ? 1 : 2;
-    const i64 own_row = of.first_row(tile) + row;
-    const u8 *const shared_at = of.plane + ((i64)unit.slot * of.num_rows + own_row) * (4 * J) + 16 * chunk;
-    const u8 *const own_at =
-        (const u8 *)(bits == 4 ? unit.at4 : bits == 1 ? unit.at1 : unit.at2) + own_row * own_runs * J + 16 * chunk;
-    const u8 *const own1_at = (const u8 *)unit.at1 + own_row * J + 16 * chunk;
-    const u32 code_to = ring_at + place_of(row, chunk);
+    const bool second = PLANES > 1 && bits == 3; // private plane
+    const int own_runs = PLANES == 0 || bits == 0 ? 0 : WIDE && bits == 4 ? 2 : 1;
+    const Map *const own = own_map(of.maps, unit.face, bits), *const own1 = own_map(of.maps, unit.face, 1);
+    auto copy_run = [&](u32 to, const Map *map, int column, int first_row, u32 full) {
+#pragma unroll
+        for (int i = 0; i < ROWS / BOX_ROWS; i++) {
+            const int down = i * BOX_ROWS < ROWS / 2 ? i * BOX_ROWS : of.apart() + i * BOX_ROWS - ROWS / 2;
+            copy_box(to + i * BOX_ROWS * GROUP, map, column, first_row + down, full);
+        }
+    };
     auto row_of_pair = [&](int token) {
         const int pair = of.pairs[unit.first + (token < unit.tokens ? token : 0)];
         return GATE_UP ? pair / of.top_k : pair;
@@ -155,7 +157,7 @@ __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int t
     for (int i = 0; i < MOST_TOKENS * 2 / APART; i++)
         if (i < tiles * 8 / APART)
             token_at[i] = (row_of_pair((row + APART * i) >> 1) * 2 + (row & 1)) * of.num_columns + 16 * chunk;
-    const u32 token_to = ring_at + TOKENS_AT + row * GROUP + 16 * (chunk ^ row & 7);
+    const u32 token_to = ring_at + TOKENS_AT + place_of(row, chunk);
     constexpr int GROUP_COPIES = (BATCHES * MOST_TOKENS + COPIERS - 1) / COPIERS;
     int group_at[GROUP_COPIES];
 #pragma unroll
@@ -166,21 +168,17 @@ __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int t
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         await_phase(ring_at + EMPTY_AT + 8 * ring.stage, ring.parity ^ 1);
-        const int p = step & 1;
-        const i64 j = (step >> 1) * GROUP;
         const u32 stage = ring.stage * STAGE;
-#pragma unroll
-        for (int i = 0; i < ROWS / APART; i++) {
-            const i64 down = i < ROWS / APART / 2 ? APART * i : of.apart() + APART * i - ROWS / 2;
-            const u32 to = code_to + stage + i * (APART * GROUP);
-            copy_ahead(to, shared_at + (down * 4 + p) * J + j);
-            copy_ahead(to + RUN, shared_at + (down * 4 + p + 2) * J + j);
-            if (PLANES > 0 && bits) {
-                const u8 *const from = own_at + (down * own_runs + (own_runs == 1 ? 0 : p)) * J + j;
-                copy_ahead(to + 2 * RUN, from);
-                if (WIDE && bits == 4) copy_ahead(to + 3 * RUN, from + 2 * J);
-            }
-            if (PLANES > 1 && bits == 3) copy_ahead(to + (2 + OWN) * RUN, own1_at + down * J + j);
+        if (thread == 0) {
+            const int p = step & 1, j = (step >> 1) * GROUP, own_row = of.first_row(tile);
+            const int shared_row = unit.slot * of.num_rows + own_row;
+            const u32 full = ring_at + FULL_AT + 8 * ring.stage, to = ring_at + stage;
+            arrive_expecting(full, (2 + own_runs + second) * RUN);
+            copy_run(to, of.maps, p * J + j, shared_row, full);
+            copy_run(to + RUN, of.maps, (p + 2) * J + j, shared_row, full);
+            if (own_runs) copy_run(to + 2 * RUN, own, (bits == 1 ? 0 : p * J) + j, own_row, full);
+            if (own_runs == 2) copy_run(to + 3 * RUN, own, (p + 2) * J + j, own_row, full);
+            if (second) copy_run(to + (2 + OWN) * RUN, own1, j, own_row, full);
         }
 #pragma unroll
         for (int batch = 0; batch < BATCHES; batch++) {
@@ -206,8 +204,9 @@ template <int T>
 __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, int row_tile, u8 *memory, u32 ring_at,
                                              Ring &ring) {
     constexpr int TOKENS = 4 * T, N = 8 * T; // a token's halves are two columns
-    const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
-    const int mine = 16 * (thread >> 5) + g; // of the block's rows; and the row 8 further down
+    const int thread = threadIdx.x, lane = thread & 31, t = lane & 3;
+    // Of the block's rows; and the row 8 further down. Eight lanes that read at once have chunks in different banks.
+    const int mine = 16 * (thread >> 5) + (lane >> 3 | (lane & 4));
     const int bits = unit.bits, first = of.first_row(row_tile), num_groups = of.num_groups();
     const u16 *const scale_at =
         of.scales +
@@ -320,7 +319,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
 }
 
 extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
-    nested_many(const i8 *__restrict__ x, const float2 *__restrict__ groups, const u8 *__restrict__ plane,
+    nested_many(const i8 *__restrict__ x, const float2 *__restrict__ groups, const Map *__restrict__ maps,
                 const u16 *__restrict__ scales, const int *__restrict__ pairs, const Unit *__restrict__ units,
                 const float *__restrict__ weights, float *__restrict__ out, int num_rows, int num_columns, int top_k) {
     extern __shared__ __align__(1024) u8 memory[];
@@ -328,13 +327,14 @@ extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
-            init_barrier(ring_at + FULL_AT + 8 * i, COPIERS);
+            init_barrier(ring_at + FULL_AT + 8 * i, COPIERS + 1); // and what the copy engine brings
             init_barrier(ring_at + EMPTY_AT + 8 * i, WARPS);
         }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();
     begin();
-    const Step of = {{num_columns}, x, groups, plane, scales, pairs, weights, out, num_rows, top_k};
+    const Step of = {{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     // Turned by a unit for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto unit_of = [&](int at) { return (at + at / num_units) % num_units; };

@@ -17,11 +17,7 @@
 
 #include "nested_hopper.cuh"
 
-struct __align__(64) Map { // of a plane, as the copy engine wants it: rows of bytes, boxes of 128 bytes and 32 rows
-    u64 words[16];
-};
-
-constexpr int PARTS = 3, ROWS = 64, BOX_ROWS = 32; // of a block
+constexpr int PARTS = 3, ROWS = 64; // of a block
 constexpr int COPIERS = 64, WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
 constexpr int PART = ROWS * GROUP, RUN = PARTS * PART; // bytes of a run of codes
 constexpr int BATCH_SLOT = 128 * GROUP;                // bytes: both halves of 64 tokens of a batch, or 16 of four
@@ -43,18 +39,6 @@ __device__ __forceinline__ void copy_four(u32 to, const i8 *a, const i8 *b, cons
                  "cp.async.cg.shared.global.L2::128B [%0 + 3072], [%4], 16;" ::"r"(to),
                  "l"(a), "l"(b), "l"(c), "l"(d));
 }
-// Like `arrive`, and so many bytes are to come before the phase ends.
-__device__ __forceinline__ void arrive_expecting(u32 at, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-// 32 rows of 128 bytes, whose 16-byte chunks are exchanged as `place_of` says.
-__device__ __forceinline__ void copy_box(u32 to, const Map *map, int column, int row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}],"
-                 "[%4];" ::"r"(to),
-                 "l"(map), "r"(column), "r"(row), "r"(barrier)
-                 : "memory");
-}
-
 // A ring's slot that is next, and how often it went round. FULL says that it may be read, EMPTY written.
 template <int SLOTS, int SLOT, int RING_AT, int BARRIERS> struct Ring {
     int slot = 0;
@@ -76,9 +60,6 @@ typedef Ring<TOKEN_SLOTS, BATCH_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> 
 
 // Batches of so many tiles of tokens that fit a slot.
 __host__ __device__ constexpr int batches_a_slot(int tiles) { return tiles <= 4 ? 4 : 2; }
-
-// Where a chunk of 16 bytes of a row of 128 lies: in other banks than those of rows beside it.
-__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ row & 7); }
 
 // Four 8 x 8 matrices of pairs of bytes, whose rows are the 16 bytes where a lane says, of eight lanes each.
 __device__ __forceinline__ void load_matrices(u32 *to, u32 at) {
@@ -105,7 +86,7 @@ __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t
 struct Step : Columns { // all that its arguments say
     const i8 *x;
     const float2 *groups;
-    const Map *maps; // of the shared plane, then of each face's
+    const Map *maps;
     const u16 *scales;
     const int *pairs;
     const float *weights;
@@ -141,8 +122,9 @@ __device__ __forceinline__ void copy_codes(const Step &of, const Pair &pair, int
         }
         ring.advance(1);
     };
-    const Map *const own[2] = {of.maps + 1 + pair.entries[0].face, of.maps + 1 + pair.entries[1].face};
     const int steps = of.steps(), own_run = pair.bits == 1 ? 0 : J;
+    const Map *const own[2] = {own_map(of.maps, pair.entries[0].face, pair.bits),
+                               own_map(of.maps, pair.entries[1].face, pair.bits)};
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         const int p = step & 1, j = (step >> 1) * GROUP;

@@ -20,7 +20,7 @@ _UINT8, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_TO_128, _FILL_ZEROS = 0, 0, 3, 2,
 
 
 def encode_map(address: int, num_rows: int, row_bytes: int) -> bytes:
-    """The map of a matrix of bytes; its boxes lie in shared memory as `nested_pairs.cu` reads them.
+    """The map of a matrix of bytes; its boxes lie in shared memory as `nested_hopper.cuh` has them.
 
     Args:
         address: on the device; a multiple of 16.
