@@ -136,31 +136,31 @@ class _Rule:
         shared_NRC: Tensor,
         private_NVRC: Tensor,
     ) -> None:
-        """`kernels.nested.round_groups` on tensors."""
-        from moeconsolidate.kernels import nested
+        """`kernels.rounding.round_groups` on tensors."""
+        from moeconsolidate.kernels import rounding
 
         weighed = (weights_NVRC, outputs_NVR, diagonal_NVC)
-        nested.round_groups(
+        rounding.round_groups(
             *_arrays(*weighed),
             *self._numbers(),
             self.code.group,
             np.array(COARSE_FACTORS, np.float32),
             np.array(FINE_OFFSETS, np.float32),
-            nested.Scratch.of(weights_NVRC.shape[1], self.code.group),
+            rounding.Scratch.of(weights_NVRC.shape[1], self.code.group),
             *_arrays(scale_NRG, shared_NRC, private_NVRC),
         )
 
     def feed_columns(self, *tensors: Tensor) -> None:
-        """`kernels.nested.feed_columns`: what is read, then what is filled."""
-        from moeconsolidate.kernels import nested
+        """`kernels.columns.feed_columns`: what is read, then what is filled."""
+        from moeconsolidate.kernels import columns
 
-        nested.feed_columns(*_arrays(*tensors[:5]), *self._numbers(), *_arrays(*tensors[5:]))
+        columns.feed_columns(*_arrays(*tensors[:5]), *self._numbers(), *_arrays(*tensors[5:]))
 
     def descend_columns(self, *tensors: Tensor) -> None:
-        """`kernels.nested.descend_columns`: what is read, then what is changed or filled."""
-        from moeconsolidate.kernels import nested
+        """`kernels.columns.descend_columns`: what is read, then what is changed or filled."""
+        from moeconsolidate.kernels import columns
 
-        nested.descend_columns(*_arrays(*tensors[:4]), *self._numbers(), *_arrays(*tensors[4:]))
+        columns.descend_columns(*_arrays(*tensors[:4]), *self._numbers(), *_arrays(*tensors[4:]))
 
     def _numbers(self) -> tuple[Array, Array, int, int]:
         """Private steps and largest codes [N, V], h, and the step of shared codes."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from moeconsolidate.allocation import OPTIONS
 from moeconsolidate.encoding import COARSE_FACTORS, FINE_OFFSETS, encode
-from moeconsolidate.kernels import jit, nested
+from moeconsolidate.kernels import columns, jit
 from moeconsolidate.kernels.jit import kernel
 from moeconsolidate.kernels.planes import pack_plane
 from moeruntime.codes import NestedCode, PrivateCode, pack_planes
@@ -167,7 +167,7 @@ def test_errors_are_fed_forward_as_in_numpy() -> None:
     left, found = wanted[None].copy(), [np.empty_like(wanted)[None] for _ in range(3)]
     shared = np.empty_like(scale)[None]
     levels, private, errors = found
-    nested.feed_columns(
+    columns.feed_columns(
         left, scale[None], pivots[None], feedback[None], outputs[None], STEPS, MOST, 4, 8,
         levels, shared, private, errors,
     )  # fmt: skip
@@ -198,7 +198,7 @@ def test_descent_moves_as_in_numpy() -> None:
     now, expected_slope = levels[0].copy(), slope.copy()
     slope, moves = slope[None].copy(), np.empty_like(levels)
     before = levels.copy()
-    nested.descend_columns(
+    columns.descend_columns(
         slope, scale[None], matrix[None], outputs[None], STEPS, MOST, 4, 8,
         levels, shared, private, moves,
     )  # fmt: skip
@@ -288,3 +288,15 @@ def test_what_was_cut_short_is_compiled_again(tmp_path: Path) -> None:
     for path in cache.rglob("*.nb?"):
         path.write_bytes(path.read_bytes()[:100])
     assert run() == "6.0 0"
+
+
+def test_a_kernel_that_calls_one_that_changed_is_compiled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stamp() -> Any:
+        return kernel(double)._cache._cache_file._source_stamp
+
+    before = stamp()
+    assert stamp() == before
+    monkeypatch.setattr(jit, "_stamps_of_kernels", lambda: [("levels.py", 0, 0)])
+    assert stamp() != before
