@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from threading import Thread
 
 from torch import Tensor
 
@@ -45,7 +44,7 @@ from moeconsolidate.planning import (
 )
 from moeconsolidate.publish import check_target, require_disk
 from moeconsolidate.sources import Models, parse_sources
-from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
+from moeconsolidate.threads import Behind, num_places, side_by_side, single_threaded_torch
 from moeconsolidate.writer import PackWriter, SlotColumns
 from moeruntime.families import ModelConfig
 from moeruntime.hostmemory import new_tensor
@@ -140,7 +139,8 @@ def consolidate(
         names, family = [one.name for one in checkpoints], checkpoints[0].family.model_type
         if nested is not None:  # its pieces then run side by side, a thread each
             stack.enter_context(single_threaded_torch())
-        _load_libraries(recipe)
+        loading = stack.enter_context(Behind())
+        loading.do(partial(_load_libraries, recipe))
         with PackWriter.create(target, names, family, config, dtype) as writer:
             layers: list[LayerPlan] = []
             compensation, key = None, None
@@ -150,6 +150,7 @@ def consolidate(
                 planned = plan.layers[layer] if plan else None
                 loaded = reader.load(layer)  # while the layer before is being flushed
                 _settle(writer, report, layer, config.num_layers)
+                loading.wait()
                 key = layer_key(
                     layer,
                     names,
@@ -278,16 +279,12 @@ def _opened(models: Models, target: Path | None, report: OnProgress) -> Iterator
 
 def _load_libraries(recipe: Recipe) -> None:
     """Load what the first layer needs once it has been read, while it is."""
+    import moeconsolidate.clustering  # noqa: F401
 
-    def load() -> None:
-        import moeconsolidate.clustering  # noqa: F401
-
-        if not recipe.lossless:
-            similarity.warm_up()
-        if recipe.code == "nested":
-            encoding.warm_up()
-
-    Thread(target=load).start()
+    if not recipe.lossless:
+        similarity.warm_up()
+    if recipe.code == "nested":
+        encoding.warm_up()
 
 
 def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> None:
