@@ -196,10 +196,10 @@ def fail_everywhere(
     models: list[Path], target: Path, expected: Digests, *, stride: int = 1
 ) -> dict[str, int]:
     """Let every operation, or every so many-th, fail once; returns how many of each did."""
-    from moeconsolidate.encoding import warm_up
     from moeruntime.errors import ResourceError
 
-    warm_up()  # looks for a folder to keep machine code in, once, and may do without
+    compile_pack(models, target)  # makes folders to keep machine code in, once, and may do without
+    shutil.rmtree(target)
     with faults(None) as operations:
         compile_pack(models, target)
     shutil.rmtree(target)
@@ -212,7 +212,7 @@ def fail_everywhere(
         except ResourceError as problem:
             assert os.strerror(code) in str(problem), problem
         else:  # making a folder that is there already may fail
-            assert operations[at] == "mkdir", f"{operations[at]} {at} failed, and nobody said so"
+            assert done[at] == "mkdir", f"{done[at]} {at} failed, and nobody said so"
             assert target.exists()
         failed[done[at]] = failed.get(done[at], 0) + 1
         check_left(target)
