@@ -177,18 +177,11 @@ class Checkpoint:
             self._digests[role] = TensorDigest.of(tensor)
         return tensor
 
-    def non_expert_digest(self, role: str) -> TensorDigest:
-        """Dtype, shape and digest of a non-expert tensor, which is read unless it has been.
-
-        Safe to call from several threads for different tensors.
-        """
-        if role not in self._digests:
-            self.read_non_expert(role)
-        return self._digests[role]
-
     def non_expert_digests(self) -> dict[str, TensorDigest]:
-        """Those of all non-expert tensors, by role."""
-        return {role: self.non_expert_digest(role) for role in self._non_expert}
+        """Dtype, shape and digest of each non-expert tensor, by role; read unless it has been."""
+        for role in self._non_expert.keys() - self._digests.keys():
+            self.read_non_expert(role)
+        return {role: self._digests[role] for role in self._non_expert}
 
     def content_sha256(self) -> str:
         """Digest of the whole model (see `digest`), once every tensor has been read."""

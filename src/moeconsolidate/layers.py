@@ -89,6 +89,12 @@ class LayerReader:
             self._align(planned)
         return planned
 
+    def release(self) -> int:
+        """Give the buffer back, after the last layer; returns how many bytes it took."""
+        num_bytes = self.experts_EP.nbytes
+        self.experts_EP = self.experts_EP.new_empty(0)
+        return num_bytes
+
     def aligned(self, statistics: Sequence[Statistics]) -> Sequence[Statistics]:
         """Calibration of each variant, with neurons in the order of the layer read last."""
         if not self._orders:

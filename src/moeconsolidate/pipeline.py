@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from os import PathLike
 from pathlib import Path
 
@@ -174,8 +175,9 @@ def consolidate(
                 statistics = learned.statistics and reader.aligned(learned.statistics)
                 if nested is None:
                     rule = MERGE_RULES[recipe.merge]
-                    merged = _merger(rule, shared, reader.experts_EP, config, statistics)
-                    writer.write_layer(shared, merged)
+                    writer.write_layer(
+                        shared, _merger(rule, shared, reader.experts_EP, config, statistics)
+                    )
                 else:
                     coded = code_layer(
                         shared,
@@ -194,7 +196,7 @@ def consolidate(
                     del coded  # the writer lets go of it once it is written
                 writer.note_layer(key, recipe, shared)
             _settle(writer, report, config.num_layers, config.num_layers)
-            _write_rest(checkpoints, writer, report)
+            _write_rest(checkpoints, writer, report, room=reader.release())
             prediction = plan.prediction if plan else None
             done = ConsolidationPlan(recipe, tuple(layers), prediction)
             manifest = writer.finish(
@@ -294,17 +296,37 @@ def _settle(writer: PackWriter, report: OnProgress, done: int, total: int) -> No
         report(Progress("experts", done, total))
 
 
-def _write_rest(checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress) -> None:
-    """Write what is not experts: other weights, and the small files of each variant."""
-    pairs = [(one, role) for one in checkpoints for role in one.config.non_expert_shapes()]
+def _write_rest(
+    checkpoints: Sequence[Checkpoint], writer: PackWriter, report: OnProgress, *, room: int
+) -> None:
+    """Write what is not experts: other weights, and the small files of each variant.
+
+    Where a tensor goes depends on who else has it, so all are read before any is written. What fits
+    into so many bytes is kept meanwhile, the rest is read again.
+    """
+    roles = checkpoints[0].config.non_expert_shapes()
+    pairs = [(idx, role) for idx in range(len(checkpoints)) for role in roles]
+    ends = accumulate(checkpoints[idx].non_expert_num_bytes(role) for idx, role in pairs)
+    fit = {pair for pair, end in zip(pairs, ends, strict=True) if end <= room}
+    kept: dict[tuple[int, str], Tensor] = {}
+
+    def read(pair: tuple[int, str]) -> None:
+        tensor = checkpoints[pair[0]].read_non_expert(pair[1])
+        if pair in fit:
+            kept[pair] = tensor
+
+    def once_more(idx: int, role: str) -> Tensor:
+        tensor = kept.pop((idx, role), None)
+        return checkpoints[idx].read_non_expert(role) if tensor is None else tensor
+
     with single_threaded_torch():
-        side_by_side(lambda pair: pair[0].non_expert_digest(pair[1]), pairs)
+        side_by_side(read, pairs)
     digests = []
     for idx, checkpoint in enumerate(checkpoints):
         digests.append(checkpoint.non_expert_digests())
         writer.write_side_files(idx, checkpoint.side_files)
         report(Progress("other weights", idx + 1, len(checkpoints)))
-    writer.write_non_expert(digests, lambda idx, role: checkpoints[idx].read_non_expert(role))
+    writer.write_non_expert(digests, once_more)
     for checkpoint in checkpoints:
         checkpoint.check_unchanged()
 
