@@ -60,6 +60,15 @@ struct Words { // 16 bytes of a lane's two rows, the left and the right half of 
     }
 };
 
+// Of a row and of the row `apart` further down.
+__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int apart, int t) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
+        words.bottom[half] = *(const uint4 *)(run + place_of(row + apart, 4 * half + t));
+    }
+}
+
 constexpr int BATCHES = 4;
 
 // A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
@@ -73,6 +82,17 @@ struct Columns {
     __device__ __forceinline__ int group_of(int step, int batch) const {
         return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
     }
+};
+
+struct Arguments : Columns { // of a kernel
+    const i8 *x;
+    const float2 *groups;
+    const Map *maps;
+    const u16 *scales;
+    const int *pairs;
+    const float *weights;
+    float *out;
+    int num_rows, top_k;
 };
 
 __device__ __forceinline__ float scale_from(u16 bits) { return __uint_as_float((u32)bits << 16); }

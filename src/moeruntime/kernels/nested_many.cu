@@ -109,24 +109,7 @@ template <int COUNT> __device__ __forceinline__ void keep_order(int (&c)[COUNT])
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
 }
 
-// Of a row and of the row 8 further down.
-__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
-        words.bottom[half] = *(const uint4 *)(run + place_of(row + 8, 4 * half + t));
-    }
-}
-
-struct Step : Columns { // all that its arguments say
-    const i8 *x;
-    const float2 *groups;
-    const Map *maps;
-    const u16 *scales;
-    const int *pairs;
-    const float *weights;
-    float *out;
-    int num_rows, top_k;
+struct Step : Arguments {
     // The second 64 rows of a block are so far from the first.
     __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : ROWS / 2; }
     __device__ __forceinline__ int first_row(int tile) const { return tile * (GATE_UP ? ROWS / 2 : ROWS); }
@@ -238,10 +221,10 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
         auto unpack = [&](int batch) {
             const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
             if (field == 0) {
-                load(shared, here + upper * RUN, mine, t);
+                load(shared, here + upper * RUN, mine, 8, t);
                 if (PLANES > 0 && (upper == 0 || WIDE))
-                    load(own, here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, t);
-                if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, t);
+                    load(own, here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, 8, t);
+                if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, 8, t);
             }
             const int shift1 = p + 2 * upper + 4 * field;
             const int own_shift = bits == 1 ? shift1 : (bits == 4 ? 0 : 2 * upper) + 4 * field;
@@ -334,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
     }
     __syncthreads();
     begin();
-    const Step of = {{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k};
+    const Step of = {{{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k}};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     // Turned by a unit for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto unit_of = [&](int at) { return (at + at / num_units) % num_units; };

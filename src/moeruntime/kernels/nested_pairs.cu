@@ -74,24 +74,7 @@ __device__ __forceinline__ void multiply(int (&c)[4], const u32 *a, u32 x0, u32 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x0), "r"(x1));
 }
 
-// Of a row and of the row 32 further down.
-__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
-        words.bottom[half] = *(const uint4 *)(run + place_of(row + BOX_ROWS, 4 * half + t));
-    }
-}
-
-struct Step : Columns { // all that its arguments say
-    const i8 *x;
-    const float2 *groups;
-    const Map *maps;
-    const u16 *scales;
-    const int *pairs;
-    const float *weights;
-    float *out;
-    int num_rows, top_k;
+struct Step : Arguments {
     __device__ __forceinline__ int tiles() const { return (num_rows / ROWS + PARTS - 1) / PARTS; }
     // The second 32 rows of a part are so far from the first.
     __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : BOX_ROWS; }
@@ -203,7 +186,7 @@ __device__ __forceinline__ void multiply_pair(const Step &of, const Pair &pair, 
         __syncwarp();
         if (lane < count) arrive(memory_at + at.ahead(lane).empty());
     };
-    auto load_run = [&](Words &words, const Codes &at) { load(words, memory + at.at() + part * PART, mine, t); };
+    auto load_run = [&](Words &words, const Codes &at) { load(words, memory + at.at() + part * PART, mine, BOX_ROWS, t); };
     const int steps = of.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
@@ -329,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();
-    const Step of = {{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k};
+    const Step of = {{{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k}};
     const int work = num_pairs * of.tiles();
     // Turned by a pair for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto pair_of = [&](int at) { return work_pairs + (at + at / num_pairs) % num_pairs; };
