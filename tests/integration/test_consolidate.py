@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors, tree_digests
 from moeconsolidate import consolidate, export_variant
+from moeconsolidate.layers import LayerReader
 from moeconsolidate.pipeline import Checkpoint
 from moeconsolidate.plan import Progress
 from moeconsolidate.report import summarise
@@ -214,6 +216,29 @@ def test_the_bytes_depend_on_the_inputs_alone(
         torch.set_num_threads(before)
     reference = pack if threshold == 0.9 else lossless_pack
     assert tree_digests(tmp_path / "other-name") == tree_digests(reference)
+
+
+@pytest.mark.parametrize(("room", "times"), [(2**40, 1), (0, 2)])
+def test_other_weights_are_read_again_only_where_there_is_no_room(
+    checkpoints: Folders,
+    pack: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    times: int,
+) -> None:
+    reads: Counter[tuple[str, str]] = Counter()
+    read = Checkpoint.read_non_expert
+
+    def counted(self: Checkpoint, role: str) -> Tensor:
+        reads[self.name, role] += 1
+        return read(self, role)
+
+    monkeypatch.setattr(Checkpoint, "read_non_expert", counted)
+    monkeypatch.setattr(LayerReader, "release", lambda self: room)
+    consolidate(checkpoints, tmp_path / "other", threshold=0.9)
+    assert set(reads.values()) <= {1, times} and times in reads.values()
+    assert tree_digests(tmp_path / "other") == tree_digests(pack)
 
 
 def test_the_form_of_the_inputs_does_not_matter(
