@@ -3,6 +3,8 @@
 A tensor is cut into pieces. A few threads read pieces into the buffers of the ring and queue each
 one's copy; a buffer is read into again once its copy is done. Reading and copying overlap, and host
 memory stays bounded by the ring. What goes to host memory as it is stored is read straight there.
+
+There are more buffers than threads: or a thread would get back the one whose copy it just queued.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from moeruntime.tensorfile import FileTensor
 
 __all__ = ["RING_BYTES", "Loader"]
 
-NUM_BUFFERS = 8
+NUM_BUFFERS = 12
 BUFFER_BYTES = 16 * 2**20
 RING_BYTES = NUM_BUFFERS * BUFFER_BYTES
 """Host memory the ring takes while an engine loads."""
@@ -39,14 +41,30 @@ MAX_WAITING = 2 * NUM_BUFFERS
 class _Buffer:
     """One place of the ring, and the copy that last read it."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-        self.copied: torch.cuda.Event | None = None
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._memory: HostMemory | None = None
+        self._copied: torch.cuda.Event | None = None
 
-    def wait(self) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-            self.copied = None
+    def room(self) -> Tensor:
+        """Its bytes, when they may be written."""
+        if self._memory is None:
+            self._memory = HostMemory(self.num_bytes)
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._memory.data
+
+    def pin(self) -> None:
+        """For copies; after the first read, which brings the pages in while others read."""
+        assert self._memory is not None
+        if self._copied is None:
+            self._memory.pin()
+            self._copied = torch.cuda.Event(blocking=True)
+
+    def record(self) -> None:
+        """What the current stream was last asked for reads it."""
+        assert self._copied is not None
+        self._copied.record()
 
 
 class Loader:
@@ -57,15 +75,16 @@ class Loader:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Load for `device`; threads and ring are made when first needed."""
+        """Load for `device`; threads and buffers are made when first needed."""
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
+        self._threads = ThreadPoolExecutor(num_threads, "load", self._enter_thread)
         self._room = threading.Semaphore(MAX_WAITING + num_threads)
         self._pieces: deque[Future[None]] = deque()
-        self._ring: HostMemory | None = None
         self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        for _ in range(NUM_BUFFERS):
+            self._buffers.put(_Buffer(BUFFER_BYTES))
 
     def __enter__(self) -> Self:
         return self
@@ -129,8 +148,6 @@ class Loader:
 
     def _cut(self, tensor: FileTensor, out_N: Tensor) -> None:
         direct = out_N.device.type == "cpu" and out_N.dtype == tensor.dtype
-        if not direct and self._ring is None:
-            self._make_ring()
         step = BUFFER_BYTES // tensor.dtype.itemsize
         for start in range(0, len(out_N), step):
             piece = out_N[start : start + step]
@@ -142,14 +159,11 @@ class Loader:
             while self._pieces and self._pieces[0].done():
                 self._pieces.popleft().result()
 
-    def _make_ring(self) -> None:
-        self._ring = HostMemory(RING_BYTES)
-        if self.device.type == "cuda":
-            self._ring.pin()
-        for data in self._ring.data.split(BUFFER_BYTES):
-            self._buffers.put(_Buffer(data))
-
     # -- what the threads do ------------------------------------------------------------------
+
+    def _enter_thread(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
 
     def _read(self, tensor: FileTensor, start: int, out_N: Tensor) -> None:
         try:
@@ -160,20 +174,18 @@ class Loader:
     def _copy(self, tensor: FileTensor, start: int, out_N: Tensor) -> None:
         buffer = self._buffers.get()
         try:
-            buffer.wait()
-            piece = buffer.data[: len(out_N) * tensor.dtype.itemsize]
+            piece = buffer.room()[: len(out_N) * tensor.dtype.itemsize]
             tensor.read_bytes(start, piece)
             piece_N = piece.view(tensor.dtype)
-            if self._stream is None or not out_N.is_cuda:
+            if not out_N.is_cuda:
                 out_N.copy_(piece_N)
                 return
-            with torch.cuda.stream(self._stream):
-                # Converted there: the host would take longer, and could not hand on pinned memory.
-                if piece_N.dtype != out_N.dtype:
-                    piece_N = piece_N.to(self.device, non_blocking=True)
-                out_N.copy_(piece_N, non_blocking=True)
-                buffer.copied = torch.cuda.Event(blocking=True)
-                buffer.copied.record(self._stream)
+            buffer.pin()
+            # Converted there: the host would take longer, and could not hand on pinned memory.
+            if piece_N.dtype != out_N.dtype:
+                piece_N = piece_N.to(self.device, non_blocking=True)
+            out_N.copy_(piece_N, non_blocking=True)
+            buffer.record()
         finally:
             self._buffers.put(buffer)
             self._room.release()

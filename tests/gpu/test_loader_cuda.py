@@ -28,7 +28,6 @@ def test_every_element_arrives(
     tmp_path: Path, dtype: torch.dtype, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader_module, "BUFFER_BYTES", buffer_bytes)
-    monkeypatch.setattr(loader_module, "RING_BYTES", 8 * buffer_bytes)
     path = tmp_path / "weights.safetensors"
     whole = torch.randn((9, 300, 1001), generator=torch.Generator().manual_seed(0)).bfloat16()
     with TensorFileWriter(path, [("w", torch.bfloat16, tuple(whole.shape))]) as writer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,10 @@ pytestmark = [
 ]
 
 CODE = NestedCode(4, 128)
+Faces = tuple[tuple[int, PrivateCode], ...]
 HIDDEN, INNER, SLOTS, TOP_K = 2048, 4096, 3, 2
 # (slot, code) of every face: what an allocator may mix, with and without three bits.
-MIXED = [
+MIXED: Faces = (
     (0, PrivateCode(0, 0)),
     (0, PrivateCode(1, 6)),
     (0, PrivateCode(2, 3)),
@@ -31,15 +34,15 @@ MIXED = [
     (1, PrivateCode(1, 4)),
     (2, PrivateCode(2, 2)),
     (2, PrivateCode(2, 2)),
-]
-THREES = [
+)
+THREES: Faces = (
     (0, PrivateCode(3, 2)),
     (0, PrivateCode(3, 1)),
     (1, PrivateCode(3, 2)),
     (2, PrivateCode(2, 3)),
-]
+)
 # Faces of a slot that may be served together: more of them than meet, and one or none with others.
-MEETING = [
+MEETING: Faces = (
     (0, PrivateCode(2, 3)),
     (1, PrivateCode(1, 4)),
     (0, PrivateCode(0, 0)),
@@ -48,18 +51,19 @@ MEETING = [
     (0, PrivateCode(2, 4)),
     (2, PrivateCode(2, 5)),
     (0, PrivateCode(2, 1)),
-]
-ALONE = [(slot, PrivateCode(2, 2)) for slot in range(SLOTS)]
+)
+ALONE: Faces = tuple((slot, PrivateCode(2, 2)) for slot in range(SLOTS))
 CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2))),
     *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
-    Cut(8, many=True, pairs=True),
+    *(Cut(8, many=True, meet=most) for most in (16, 1000)),
 ]
 
 
+@cache
 def make_part(
-    rows: int, columns: int, faces: list[tuple[int, PrivateCode]], seed: int
+    rows: int, columns: int, faces: Faces, seed: int
 ) -> tuple[FacePart, Tensor, list[Tensor]]:
     """Random codes; what they decode to [F, R, C]; and the tensors that must stay alive."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,8 +103,8 @@ def make_part(
 def name_of(cut: Cut | None) -> str:
     if cut is None:
         return "chosen"
-    if cut.pairs:
-        return "pairs"
+    if cut.meet:
+        return f"meet{cut.meet}"
     return f"many{cut.tiles}" if cut.many else f"few{cut.tiles}x{cut.turns}"
 
 
@@ -114,7 +118,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
     "faces", [MIXED, THREES, MEETING, ALONE], ids=["mixed", "threes", "meeting", "alone"]
 )
 def test_every_pair_is_what_decoding_first_gives(
-    faces: list[tuple[int, PrivateCode]],
+    faces: Faces,
     num_tokens: int,
     cut: Cut | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,6 +147,28 @@ def test_every_pair_is_what_decoding_first_gives(
         assert error(inner[mine], expected) <= 1e-3
         expected = inner[mine].float() @ down_FRC[face].T * weights_TK.flatten()[mine, None]
         assert error(out[mine, 0], expected) <= 1e-3
+
+
+def test_sums_are_the_same_whichever_program_comes_first() -> None:
+    gate_up, _, _alive = make_part(2 * INNER, HIDDEN, MEETING, 1)
+    down, _, _alive_too = make_part(HIDDEN, INNER, MEETING, 2)
+    num_tokens = 150  # more row tiles than programs, so that some are cut
+    chosen_TK = torch.rand(num_tokens, len(MEETING), device="cuda").topk(TOP_K, dim=-1).indices
+    weights_TK = torch.rand(num_tokens, TOP_K, device="cuda")
+    lists = FaceLists.of(chosen_TK, weights_TK, len(MEETING))
+    x_TH = torch.randn(num_tokens, HIDDEN, device="cuda")
+    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, torch.device("cuda"))
+    cut = Cut(8, many=True, meet=1000)
+    outs = []
+    for _ in range(20):
+        inner = torch.full((num_tokens * TOP_K, INNER), torch.nan, device="cuda")
+        out = torch.full((num_tokens * TOP_K, 1, HIDDEN), torch.nan, device="cuda")
+        nested_fast.gate_up(x_TH, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
+        nested_fast.down(inner, down, lists, 0, scratch, out_MSH=out, cut=cut)
+        outs.append((inner, out))
+    for inner, out in outs:
+        assert torch.equal(inner, outs[0][0])
+        assert torch.equal(out, outs[0][1])
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])

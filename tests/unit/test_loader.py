@@ -26,7 +26,6 @@ SIZES = (1, 7, 31, 32, 33, 64, 1000)
 @pytest.fixture(params=[64, 4096], autouse=True)
 def small_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "BUFFER_BYTES", request.param)
-    monkeypatch.setattr(loader_module, "RING_BYTES", 8 * request.param)
 
 
 def random_tensor(size: int, dtype: torch.dtype, seed: int) -> Tensor:

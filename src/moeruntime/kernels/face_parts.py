@@ -19,8 +19,10 @@ __all__ = [
     "GROUP",
     "MANY_ROWS",
     "MANY_THREADS",
-    "PAIR_ROWS",
-    "PAIR_THREADS",
+    "MEETING_ROWS",
+    "MEETING_THREADS",
+    "MEETING_TOKENS",
+    "MOST_PROGRAMS",
     "ROWS",
     "UNIT_WORDS",
     "WARPS",
@@ -45,14 +47,18 @@ MAX_FACES = 128
 MAX_TURNS = 8
 """That a program of gate_up takes."""
 
-PAIR_THREADS, PAIR_ROWS = 512, 192
-"""Threads of a program of `nested_pairs.cu`, and rows that it takes at a time."""
+MEETING_THREADS, MEETING_ROWS, MEETING_TOKENS = 512, 192, 32
+"""Threads of a program of `nested_meetings.cu`, and rows and tokens that it takes at a time."""
 
-UNIT_WORDS = 14
-"""Integers that describe a unit of work, or a pair of faces."""
+MOST_PROGRAMS = 144
+"""Of `nested_meetings.cu`, that run at once: one for each multiprocessor of a Hopper device."""
 
-FEW_IN_PAIRS, MANY_IN_PAIRS = 1.5, 6.0
-"""On a Hopper device `nested_pairs.cu` serves between so many tokens of a face, on average."""
+UNIT_WORDS = 34
+"""Integers that describe a unit of work, or a meeting of faces."""
+
+FEW_TO_MEET, MANY_TO_MEET, MOST_TO_MEET = 1.5, 6.0, 16
+"""On a Hopper device `nested_meetings.cu` serves between so many tokens of a face, on average, and
+no face that has more than so many."""
 
 FEW_A_FACE = 3
 """On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average."""
@@ -87,8 +93,8 @@ class FacePart:
     maps: Tensor | None = None
 
     @property
-    def may_pair(self) -> bool:
-        """Whether `nested_pairs.cu` reads such codes: of faces of two private bits at most."""
+    def may_meet(self) -> bool:
+        """Whether `nested_meetings.cu` reads such codes: of faces of two private bits at most."""
         return self.num_planes == 1 and not self.wide
 
 
@@ -108,13 +114,14 @@ class Cut:
         turns: that a program of gate_up takes, one run of rows after another.
         many: `nested_many.cu`, for which tiles are 2, 4, 8 or 12 and turns 1, in place of
             `nested_fast.cu`, for which they are 1, 2 or 4.
-        pairs: before `nested_many.cu`, `nested_pairs.cu` serves faces of a slot two by two.
+        meet: before `nested_many.cu`, `nested_meetings.cu` serves faces of a slot together that
+            have up to so many tokens each.
     """
 
     tiles: int
     turns: int = 1
     many: bool = False
-    pairs: bool = False
+    meet: int = 0
 
     @property
     def tokens(self) -> int:
@@ -129,11 +136,11 @@ class Cut:
             num_pairs: of a token and a choice.
             num_faces: of the layer.
             hopper: whether the device is one.
-            faces_a_slot: on average; 1 where they cannot be served two by two.
+            faces_a_slot: on average; 1 where they cannot be served together.
         """
         a_face = num_pairs / num_faces
-        if hopper and faces_a_slot > 2 and FEW_IN_PAIRS <= a_face <= MANY_IN_PAIRS:
-            return cls(8, many=True, pairs=True)
+        if hopper and faces_a_slot > 2 and FEW_TO_MEET <= a_face <= MANY_TO_MEET:
+            return cls(8, many=True, meet=MOST_TO_MEET)
         # All tokens may be of one variant: then there are many for each of its faces.
         if hopper and a_face >= FEW_A_FACE:
             return cls(12 if 24 < a_face <= 48 else 8, many=True)
@@ -149,6 +156,7 @@ class ByteRows:
         values: int8; rows of columns, first each value's upper byte, then its lower one.
         groups: float32; for each group of a row what one of its integers counts, and their sum.
         units: int32; what a program has to know of every unit.
+        partial, arrived: float32, int32; where two programs of `nested_meetings.cu` meet.
     """
 
     def __init__(
@@ -160,7 +168,10 @@ class ByteRows:
         self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
         self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
         self.units = torch.empty(2 * UNIT_WORDS * most_units, dtype=torch.int32, device=device)
+        sums = 2 * MOST_PROGRAMS * MEETING_ROWS * MEETING_TOKENS
+        self.partial = torch.empty(sums, dtype=torch.float32, device=device)
+        self.arrived = torch.empty(MOST_PROGRAMS, dtype=torch.int32, device=device)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
-        return self.values, self.groups, self.units
+        return self.values, self.groups, self.units, self.partial, self.arrived

@@ -26,73 +26,19 @@
 
 #include "nested.cuh"
 
-struct Face {
-    i64 slot, bits, step, at4, at2, at1;
-};
-
-constexpr int MOST_FACES = 128;
-constexpr int MOST_TOKENS = 16; // of a face that meets another
-
-// By one block, a thread for each face: `tokens` of a face are a unit. Where there are pairs, faces of a slot that
-// have as many private bits and few tokens are listed two by two instead, by how many they have.
-__device__ void list_units(const Face *faces, const int *counts, int num_faces, Unit *units, int num_units, int tokens,
-                           int capacity, Pair *pairs) {
-    __shared__ int num_of[MOST_FACES], kind_of[MOST_FACES], count_of[MOST_FACES], leads[MOST_FACES];
-    const int thread = threadIdx.x;
-    for (int i = thread; i < num_units; i += MOST_FACES) units[i].tokens = 0;
-    const Face face = thread < num_faces ? faces[thread] : Face{};
-    const int count = thread < num_faces ? counts[thread] : 0, kind = (int)(4 * face.slot + face.bits);
-    const bool meets = pairs && count > 0 && count <= MOST_TOKENS && (face.bits == 1 || face.bits == 2);
-    kind_of[thread] = meets ? kind : -1;
-    count_of[thread] = count;
-    __syncthreads();
-    int before = 0, peers = 0, partner = -1;
-    if (meets) {
-        auto precedes = [&](int one, int other) {
-            return count_of[one] < count_of[other] || (count_of[one] == count_of[other] && one < other);
-        };
-        for (int other = 0; other < num_faces; other++) {
-            if (kind_of[other] != kind) continue;
-            peers++;
-            if (precedes(other, thread)) before++;
-            if (precedes(thread, other) && (partner < 0 || precedes(other, partner))) partner = other;
-        }
-    }
-    const bool alone = peers < 2; // of three, one has nobody beside it, but costs less here than by itself
-    num_of[thread] = alone ? (count + tokens - 1) / tokens : 0;
-    leads[thread] = !alone && before % 2 == 0;
-    __syncthreads();
-    int at = 0, pair_at = 0;
-    for (int other = 0; other < thread; other++) at += num_of[other], pair_at += leads[other];
-    if (alone)
-        for (int first = 0; first < count && at < num_units; first += tokens, at++)
-            units[at] = {face.at4, face.at2, face.at1, thread, (int)face.slot, (int)face.bits, (int)face.step,
-                         thread * capacity + first, min(tokens, count - first)};
-    if (leads[thread]) {
-        const Entry mine = {thread, (int)face.step, thread * capacity, count};
-        const Entry other = partner < 0 ? Entry{thread, 0, thread * capacity, 0}
-                                        : Entry{partner, (int)faces[partner].step, partner * capacity, count_of[partner]};
-        pairs[pair_at++] = {{mine, other}, (int)face.slot, (int)face.bits, (max(count, other.tokens) + 3) / 4};
-    }
-    __syncthreads();
-    if (thread == MOST_FACES - 1) { // after all faces'
-        units[0].units = min(at, num_units);
-        if (pairs) pairs[0].pairs = pair_at;
-    }
-}
-
 // The first blocks split x into halves [rows, 2, columns] and, for each group of columns, what one of
-// its integers counts and their sum. The last block lists the units, `tokens` of a face each, and the pairs, if
-// that is wanted.
+// its integers counts and their sum. The last block lists the units, `tokens` of a face each, and the meetings
+// of faces of up to `most_tokens`, and where these are cut nobody has arrived.
 extern "C" __global__ void __launch_bounds__(MOST_FACES)
     halves(const float *__restrict__ x, i8 *__restrict__ out, float2 *__restrict__ groups, int num_groups,
            int groups_a_row, const Face *__restrict__ faces, const int *__restrict__ counts, int num_faces,
-           Unit *__restrict__ units, int num_units, int tokens, int capacity, int transposed, Pair *__restrict__ pairs,
-           int has_pairs) {
+           Unit *__restrict__ units, int num_units, int tokens, int capacity, int transposed,
+           Meeting *__restrict__ meetings, int most_tokens, int *__restrict__ arrived, int num_cuts) {
     begin();
     const int thread = threadIdx.x, lane = thread & 31;
     if (blockIdx.x + 1 == gridDim.x) {
-        list_units(faces, counts, num_faces, units, num_units, tokens, capacity, has_pairs ? pairs : nullptr);
+        for (int i = thread; i < num_cuts; i += MOST_FACES) arrived[i] = 0;
+        list_units(faces, counts, num_faces, units, num_units, tokens, capacity, meetings, most_tokens);
         return;
     }
     const int group = blockIdx.x * (MOST_FACES / 32) + (thread >> 5);

@@ -19,8 +19,10 @@ from moeruntime.kernels.face_parts import (
     GROUP,
     MANY_ROWS,
     MANY_THREADS,
-    PAIR_ROWS,
-    PAIR_THREADS,
+    MEETING_ROWS,
+    MEETING_THREADS,
+    MEETING_TOKENS,
+    MOST_PROGRAMS,
     ROWS,
     WARPS,
     ByteRows,
@@ -34,7 +36,7 @@ __all__ = ["down", "gate_up", "most_pairs", "with_maps"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
 MANY_SOURCE = SOURCE.with_name("nested_many.cu")
-PAIRS_SOURCE = SOURCE.with_name("nested_pairs.cu")
+MEETINGS_SOURCE = SOURCE.with_name("nested_meetings.cu")
 
 MIN_STAGES, MAX_STAGES = 2, 4
 """Of the ring that a program of `nested_many.cu` copies steps into."""
@@ -45,17 +47,20 @@ BARRIER_BYTES = 16
 MAX_SHARED_BYTES = 227 * 1024
 """That a program may have on a Hopper device."""
 
-CODE_SLOTS, TOKEN_SLOTS = 6, 5
-"""Of the rings that a program of `nested_pairs.cu` copies into; as many as fit."""
+CODE_SLOTS, TOKEN_SLOTS = 6, 2
+"""Of the rings that a program of `nested_meetings.cu` copies into; as many as fit."""
 
-PAIRS_SHARED_BYTES = CODE_SLOTS * (PAIR_ROWS * GROUP + BARRIER_BYTES) + TOKEN_SLOTS * (
-    128 * GROUP + 64 * 8 + BARRIER_BYTES
+MEETING_SHARED_BYTES = (
+    CODE_SLOTS * (MEETING_ROWS * GROUP + BARRIER_BYTES)
+    + TOKEN_SLOTS * (4 * MEETING_TOKENS * (2 * GROUP + 8) + BARRIER_BYTES)
+    + 16
 )
-"""Slots of codes; slots of both halves of 64 tokens, and what their integers count."""
+"""Slots of codes; slots of both halves of a step's tokens, and what their integers count; and a
+number."""
 
 
 def with_maps(part: FacePart) -> FacePart:
-    """The part as `nested_many.cu` and `nested_pairs.cu` want it, on a Hopper device."""
+    """The part as `nested_many.cu` and `nested_meetings.cu` want it, on a Hopper device."""
     if not _device(part.scale_SRG.device)[1]:
         return part
     plane, run = part.planes[4], part.num_columns // 8
@@ -116,13 +121,13 @@ def _launch(
     assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
     num_faces = len(part.faces_F6)
     num_multiprocessors, hopper = _device(x.device)
-    faces_a_slot = num_faces / len(part.planes[4]) if part.may_pair else 1.0
+    faces_a_slot = num_faces / len(part.planes[4]) if part.may_meet else 1.0
     cut = cut or Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
     cut = _fitting(part, cut)
     num_units = lists.num_tiles(num_pairs, cut.tokens)
     num_groups = x.numel() // GROUP
-    has_pairs = cut.pairs and part.may_pair
-    pairs = scratch.units[len(scratch.units) // 2 :]
+    most_to_meet = cut.meet if part.may_meet else 0
+    meetings = scratch.units[len(scratch.units) // 2 :]
     compile_kernel(SOURCE, "halves", ())(
         (-(-num_groups // 4) + 1, 1, 1),
         128,
@@ -130,7 +135,8 @@ def _launch(
             x, scratch.values, scratch.groups, num_groups, part.num_columns // GROUP,
             part.faces_F6, lists.counts_LF[layer], num_faces,
             scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2], int(cut.many),
-            pairs, int(has_pairs),
+            meetings, most_to_meet,
+            scratch.arrived, len(scratch.arrived) if most_to_meet else 0,
         ),
         shared_bytes=0,
     )  # fmt: skip
@@ -149,15 +155,14 @@ def _launch(
             part.num_rows, part.num_columns, lists.weights_TK.shape[1],
         )  # fmt: skip
 
-    if has_pairs:
-        rings = {"CODE_SLOTS": CODE_SLOTS, "TOKEN_SLOTS": TOKEN_SLOTS}
-        compile_kernel(
-            PAIRS_SOURCE, "nested_pairs", (("GATE_UP", int(is_gate_up)), *rings.items())
-        )(
-            (num_multiprocessors, 1, 1),
-            PAIR_THREADS,
-            arguments(part.maps, pairs),
-            shared_bytes=PAIRS_SHARED_BYTES,
+    if most_to_meet:
+        rings = (("CODE_SLOTS", CODE_SLOTS), ("TOKEN_SLOTS", TOKEN_SLOTS))
+        shape = (("GATE_UP", int(is_gate_up)), ("COLUMNS", part.num_columns))
+        compile_kernel(MEETINGS_SOURCE, "nested_meetings", (*shape, *rings))(
+            (min(num_multiprocessors, MOST_PROGRAMS), 1, 1),
+            MEETING_THREADS,
+            (*arguments(part.maps, meetings), scratch.partial, scratch.arrived),
+            shared_bytes=MEETING_SHARED_BYTES,
         )
     if cut.many:
         stages, shared_bytes = _ring(part, cut)

@@ -43,71 +43,8 @@ struct Ring { // the stage that is next, and how often the ring went round
     }
 };
 
-// Of an operand in shared memory: rows of 128 bytes, 16-byte chunks of eight rows exchanged by their number.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-
 // Tiles of the narrowest program that holds so many tokens.
 __device__ __forceinline__ int tiles_for(int tokens) { return tokens > 32 ? 12 : tokens > 16 ? 8 : tokens > 8 ? 4 : 2; }
-
-// c (+)= rows [64, 32] in registers times tokens' halves [32, 8 T] in shared memory.
-template <int T> struct Product;
-
-#define C4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
-#define REST "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)
-
-template <> struct Product<2> {
-    static __device__ __forceinline__ void start(int (&c)[8], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7},"
-                     "{%8,%9,%10,%11}, %12, p;}"
-                     : C4(0), C4(4)
-                     : REST);
-    }
-};
-template <> struct Product<4> {
-    static __device__ __forceinline__ void start(int (&c)[16], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
-                     "%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p;}"
-                     : C4(0), C4(4), C4(8), C4(12)
-                     : REST);
-    }
-};
-template <> struct Product<8> {
-    static __device__ __forceinline__ void start(int (&c)[32], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
-                     "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                     "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p;}"
-                     : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28)
-                     : REST);
-    }
-};
-
-template <> struct Product<12> {
-    static __device__ __forceinline__ void start(int (&c)[48], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %53, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
-                     "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                     "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,"
-                     "%40,%41,%42,%43,%44,%45,%46,%47}, {%48,%49,%50,%51}, %52, p;}"
-                     : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36), C4(40), C4(44)
-                     : REST);
-    }
-};
-
-__device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int OPEN> __device__ __forceinline__ void await_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(OPEN) : "memory");
-}
-// Whoever reads these registers next does so after this.
-template <int COUNT> __device__ __forceinline__ void keep_order(int (&c)[COUNT]) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
-}
 
 struct Step : Arguments {
     // The second 64 rows of a block are so far from the first.

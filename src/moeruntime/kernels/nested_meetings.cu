@@ -1,0 +1,403 @@
+// The experts of a step over nested codes, for faces of one slot that meet, on Hopper devices.
+//
+// The same sums as `nested_fast.cu`, whose head says what they are and how codes lie: integers, exact, and one
+// scale for 128 columns. A program takes a meeting, up to 32 tokens of up to four faces of a slot, and three times
+// 64 rows (of gate_up 32 neurons' gate and up rows). Of a step (`Columns`) it multiplies H with the tokens of all
+// of them, then each face's L with its own. So H is fetched and brought into registers once for all, and codes
+// are multiplied as they lie in a byte: one instruction for four of them, where putting 8 H + a L together as
+// `nested_many.cu` does takes five. The powers of two leave with the scale.
+//
+// There is a block for every multiprocessor. One thread has codes copied into a ring of slots by the copy
+// engine, two warps copy tokens into another ring, of one piece of work after the other. Three warpgroups multiply
+// 64 rows each, and never wait for each other: a lane has a neuron's gate and up row.
+//
+// Compiled with GATE_UP, COLUMNS, CODE_SLOTS and TOKEN_SLOTS (of the rings).
+
+#include "nested_hopper.cuh"
+
+constexpr int PARTS = 3, ROWS = 64; // of a block
+constexpr int COPIERS = 64, WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
+constexpr int PART = ROWS * GROUP, RUN = PARTS * PART; // bytes of a run of codes
+constexpr int MOST_TOKENS = MEETING * TILE;
+constexpr int TILE_BYTES = 2 * TILE * GROUP;      // of both halves of a tile's tokens, in a batch
+constexpr int BATCH = MEETING * TILE_BYTES;       // of all tokens
+constexpr int TOKEN_SLOT = BATCHES * BATCH;       // of a step
+constexpr int GROUPS = BATCHES * MOST_TOKENS * 8; // beside them: what their integers count
+constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
+constexpr int BARRIERS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
+constexpr int ARRIVED_AT = BARRIERS_AT + 16 * (CODE_SLOTS + TOKEN_SLOTS);
+constexpr int PARTIAL = PARTS * ROWS * MOST_TOKENS; // sums of a piece of work
+
+constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
+
+// What was copied to shared memory is read by products, which have another way there.
+__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// In one go, so that each has an address of its own and none waits for the one before to be done with it.
+__device__ __forceinline__ void copy_two(u32 to, const i8 *a, const i8 *b) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
+                 "cp.async.cg.shared.global.L2::128B [%0 + 1024], [%2], 16;" ::"r"(to),
+                 "l"(a), "l"(b));
+}
+
+// A ring's slot that is next, and how often it went round. FULL says that it may be read, EMPTY written.
+template <int SLOTS, int SLOT, int RING_AT, int BARRIERS> struct Ring {
+    int slot = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 at() const { return RING_AT + slot * SLOT; }
+    __device__ __forceinline__ u32 full() const { return BARRIERS + 8 * slot; }
+    __device__ __forceinline__ u32 empty() const { return BARRIERS + 8 * (SLOTS + slot); }
+};
+typedef Ring<CODE_SLOTS, RUN, 0, BARRIERS_AT> Codes;
+typedef Ring<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
+
+__device__ __forceinline__ void await_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
+
+struct Step : Arguments {
+    // Of each tile that is cut, by the number of the block that has the end of it: sums of its beginning and of its
+    // end, and how many of them are there.
+    float *partial;
+    int *arrived;
+    __device__ __forceinline__ int tiles() const { return (num_rows / ROWS + PARTS - 1) / PARTS; }
+    // Here steps with q = 0 come first: what a lane needs of scales in a step lies beside what it needs in the next.
+    __device__ __forceinline__ int run_of(int step) const { return step >= pieces(); }
+    __device__ __forceinline__ int column_of(int step) const { return step % pieces() * GROUP; } // of a run
+    __device__ __forceinline__ int group_of(int step, int batch) const {
+        return step + ((batch & 2) + 4 * (batch & 1)) * pieces();
+    }
+    // The second 32 rows of a part are so far from the first.
+    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : BOX_ROWS; }
+    // Where there is no part any more the last one is done again.
+    __device__ __forceinline__ int first_row(int tile, int part) const {
+        return min(tile * PARTS + part, num_rows / ROWS - 1) * (GATE_UP ? BOX_ROWS : ROWS);
+    }
+};
+
+// One thread: all codes that a piece of work needs, in the order in which they are read.
+__device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u32 memory_at, Codes &ring) {
+    const Meeting &meeting = *piece.meeting;
+    const int shared_row = meeting.slot * of.num_rows;
+    int rows[2 * PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        rows[2 * part] = of.first_row(piece.tile, part);
+        rows[2 * part + 1] = rows[2 * part] + of.apart();
+    }
+    auto copy_run = [&](const Map *map, int column, int row) {
+        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+        await_phase(memory_at + ring.empty(), ring.parity ^ 1);
+        arrive_expecting(full, RUN);
+#pragma unroll
+        for (int i = 0; i < 2 * PARTS; i++) copy_box(to + i * BOX_ROWS * GROUP, map, column, row + rows[i], full);
+        ring.advance();
+    };
+    const int run_bytes = COLUMNS / 8, own_run = meeting.bits == 1 ? 0 : run_bytes, tiles = meeting.tiles;
+#pragma unroll 1
+    for (int step = piece.first; step < piece.last; step++) {
+        const int p = of.run_of(step), j = of.column_of(step);
+        copy_run(of.maps, p * run_bytes + j, shared_row);
+        copy_run(of.maps, (p + 2) * run_bytes + j, shared_row);
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile += meeting.sizes[tile])
+            copy_run(own_map(of.maps, meeting.face[tile], meeting.bits), p * own_run + j, 0);
+    }
+}
+
+// A copier takes 16 bytes of a token's half, and of each eighth half from there on.
+template <int TILES>
+__device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, u32 memory_at, Tokens &ring) {
+    const Meeting &meeting = *piece.meeting;
+    const int thread = threadIdx.x % COPIERS, chunk = thread & 7, row = thread >> 3;
+    auto row_of_place = [&](int place) {
+        const int tile = min(place / TILE, meeting.tiles - 1), token = place % TILE;
+        const int pair = of.pairs[meeting.first[tile] + (token < meeting.tokens[tile] ? token : 0)];
+        return GATE_UP ? pair / of.top_k : pair;
+    };
+    u32 token_at[TILES]; // in x: of the tile's token, a half
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+        token_at[i] = (row_of_place(TILE * i + (row >> 1)) * 2 + (row & 1)) * COLUMNS + 16 * chunk;
+    const bool has_group = thread < TILE * TILES;
+    const float2 *const groups = of.groups + row_of_place(has_group ? thread : 0) * of.num_groups();
+    const u32 token_to = memory_at + place_of(row, chunk), groups_to = memory_at + GROUPS_AT + 8 * thread;
+#pragma unroll 1
+    for (int step = piece.first; step < piece.last; step++) {
+        await_phase(memory_at + ring.empty(), ring.parity ^ 1);
+#pragma unroll
+        for (int batch = 0; batch < BATCHES; batch++) {
+            const int group = of.group_of(step, batch);
+            const i8 *const from = of.x + group * GROUP;
+            const u32 to = token_to + ring.at() + batch * BATCH;
+#pragma unroll
+            for (int i = 0; i < TILES; i += 2) copy_two(to + i * TILE_BYTES, from + token_at[i], from + token_at[i + 1]);
+            if (has_group) copy_eight(groups_to + ring.slot * GROUPS + batch * MOST_TOKENS * 8, groups + group);
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        fence_for_products();
+        arrive(memory_at + ring.full());
+        ring.advance();
+    }
+}
+
+// c = the codes of 128 columns in registers times the tokens that an operand says.
+template <int T> __device__ __forceinline__ void start_products(int (&c)[4 * T], u32 (&a)[16], u64 operand) {
+    keep_order(a);
+    keep_order(c);
+    fence_registers();
+#pragma unroll
+    for (int i = 0; i < 4; i++) Product<T>::start(c, a + 4 * i, operand + 2 * i, i);
+    commit_products();
+}
+// While products run, those before are added up.
+template <int COUNT, class Start, class AddUp> __device__ __forceinline__ void pipeline(Start start, AddUp add_up) {
+    start(0);
+#pragma unroll
+    for (int at = 1; at < COUNT; at++) {
+        start(at);
+        await_products<1>();
+        add_up(at - 1);
+    }
+    await_products<0>();
+    add_up(COUNT - 1);
+}
+// What both halves of a token make, in units of the lower one.
+__device__ __forceinline__ float whole(const int *halves) { return (float)(128 * halves[0] + halves[1]); }
+
+// What a lane has of a piece of work with up to four times HALVES tiles.
+template <int HALVES> struct Worker {
+    const Step &of;
+    const Piece &piece;
+    const Meeting &meeting;
+    u8 *const memory;
+    const u32 memory_at;
+    Codes &codes;
+    Tokens &tokens;
+    const int lane = threadIdx.x & 31, t = lane & 3, part = threadIdx.x / 128;
+    // Eight lanes that read at once have rows whose chunks lie in different banks.
+    const int mine = 8 * (threadIdx.x / 32 % 4) + (lane >> 3 | (lane & 4));
+    const int row = of.first_row(piece.tile, part) + mine;
+    const bool single = meeting.bits == 1; // bit: runs lie a bit apart
+    float sums[4 * HALVES][2] = {};        // of a tile's token, both rows
+    u16 scales[BATCHES][2];
+    u64 operand;          // tokens of the first batch, and
+    const float2 *groups; // what their integers count: of the tile that is first in `sums`
+
+    __device__ __forceinline__ void release(u32 at) {
+        __syncwarp();
+        if (lane == 0) arrive(memory_at + at);
+    }
+    __device__ __forceinline__ void load_run(Words &words) {
+        await_phase(memory_at + codes.full(), codes.parity);
+        load(words, memory + codes.at() + part * PART, mine, BOX_ROWS, t);
+        release(codes.empty());
+        codes.advance();
+    }
+
+    // H with all tokens, four tiles at a time.
+    __device__ __forceinline__ void multiply_shared() {
+        Words words;
+        u32 h[2][16];
+        int c[2][16];
+        auto start = [&](int at) {
+            const int batch = at / HALVES, half = at % HALVES;
+            if (half == 0) {
+                if (batch % 2 == 0) load_run(words);
+#pragma unroll
+                for (int i = 0; i < 16; i++) h[batch & 1][i] = words[i] & 0x0F0F0F0Fu << 4 * (batch & 1);
+            }
+            start_products<4>(c[at & 1], h[batch & 1], operand + (batch * BATCH + half * 4 * TILE_BYTES) / 16);
+        };
+        auto add_up = [&](int at) {
+            const int batch = at / HALVES, half = at % HALVES;
+            const float times = batch & 1 ? 0.5f : 8.f; // the second field lies 4 bits higher
+            const float u[2] = {scale_from(scales[batch][0]) * times, scale_from(scales[batch][1]) * times};
+            keep_order(c[at & 1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float one = groups[batch * MOST_TOKENS + TILE * (4 * half + i)].x;
+#pragma unroll
+                for (int below = 0; below < 2; below++)
+                    sums[4 * half + i][below] += u[below] * (whole(c[at & 1] + 4 * i + 2 * below) * one);
+            }
+        };
+        pipeline<BATCHES * HALVES>(start, add_up);
+    }
+
+    // L of a face, a a step of it, with TILES tiles of tokens, from the one that is the FIRST in `sums` on.
+    template <int TILES, int FIRST> __device__ __forceinline__ void multiply_own(int a, bool later_run) {
+        const u32 mask = !single ? 0x03030303u : later_run ? 0x02020202u : 0x01010101u;
+        const float middle = 60.f + (float)a * (single ? 0.5f : 1.5f);
+        const float times = (float)a * (single && later_run ? 0.5f : 1.f);
+        Words words;
+        u32 l[2][16];
+        int c[2][4 * TILES];
+        load_run(words);
+        auto shift_of = [](int batch) { return 4 * (batch & 1) + 2 * (batch >> 1); };
+        auto start = [&](int batch) {
+#pragma unroll
+            for (int i = 0; i < 16; i++) l[batch & 1][i] = words[i] & mask << shift_of(batch);
+            start_products<TILES>(c[batch & 1], l[batch & 1], operand + (batch * BATCH + FIRST * TILE_BYTES) / 16);
+        };
+        auto add_up = [&](int batch) {
+            const float power = times / (float)(1 << shift_of(batch));
+            keep_order(c[batch & 1]);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                const float2 one = groups[batch * MOST_TOKENS + TILE * (FIRST + i)];
+                const float counts = one.x * power, less = one.y * middle;
+#pragma unroll
+                for (int below = 0; below < 2; below++)
+                    sums[FIRST + i][below] += scale_from(scales[batch][below]) *
+                                              (whole(c[batch & 1] + 4 * i + 2 * below) * counts - less);
+            }
+        };
+        pipeline<BATCHES>(start, add_up);
+    }
+
+    // Tiles are multiplied where they are first, since registers have no numbers that a program could count up.
+    template <int BY> __device__ __forceinline__ void turn() {
+        float were[4 * HALVES][2];
+#pragma unroll
+        for (int i = 0; i < 8 * HALVES; i++) were[i >> 1][i & 1] = sums[i >> 1][i & 1];
+#pragma unroll
+        for (int i = 0; i < 8 * HALVES; i++) sums[i >> 1][i & 1] = were[((i >> 1) + BY) % (4 * HALVES)][i & 1];
+        operand += BY * TILE_BYTES / 16;
+        groups += BY * TILE;
+    }
+
+    __device__ __forceinline__ void multiply_all() {
+        const uint2 all_steps = *(const uint2 *)meeting.steps, all_sizes = *(const uint2 *)meeting.sizes;
+        const u16 *scale_at = of.scales + ((i64)meeting.slot * of.num_rows + row) * of.num_groups() + piece.first;
+        const u16 *scale_below = scale_at + of.apart() * of.num_groups();
+#pragma unroll 1
+        for (int step = piece.first; step < piece.last; step++, scale_at++, scale_below++) {
+#pragma unroll
+            for (int batch = 0; batch < BATCHES; batch++) {
+                scales[batch][0] = __ldg(scale_at + of.group_of(0, batch));
+                scales[batch][1] = __ldg(scale_below + of.group_of(0, batch));
+            }
+            await_phase(memory_at + tokens.full(), tokens.parity);
+            operand = descriptor(memory_at + tokens.at());
+            groups = (const float2 *)(memory + GROUPS_AT + tokens.slot * GROUPS) + t;
+            multiply_shared();
+            const bool later_run = of.run_of(step);
+#pragma unroll 1
+            for (int tile = 0; tile < 4 * HALVES; tile += 2) {
+                const int size = tile < meeting.tiles ? byte_of(all_sizes, tile) : 0, a = byte_of(all_steps, tile);
+                if (size == 4) {
+                    multiply_own<4, 0>(a, later_run);
+                    turn<2>();
+                    tile += 2;
+                } else if (size == 2) {
+                    multiply_own<2, 0>(a, later_run);
+                } else if (size == 1) {
+                    multiply_own<1, 0>(a, later_run);
+                    if (tile + 1 < meeting.tiles) multiply_own<1, 1>(byte_of(all_steps, tile + 1), later_run);
+                }
+                turn<2>();
+            }
+            release(tokens.empty());
+            tokens.advance();
+        }
+    }
+
+    // Of a tile that is cut, this block's sums meet the other's. Whether it came second: then it has all of them.
+    __device__ __forceinline__ bool meet_other() {
+        const bool end = piece.first > 0;
+        const int tile = blockIdx.x + !end;
+        float *const mine = of.partial + (2 * tile + end) * PARTIAL + threadIdx.x;
+        const float *const its = of.partial + (2 * tile + !end) * PARTIAL + threadIdx.x;
+        volatile int &arrived = *(volatile int *)(memory + ARRIVED_AT);
+#pragma unroll
+        for (int i = 0; i < 8 * HALVES; i++) mine[i * WORKERS] = sums[i >> 1][i & 1];
+        __threadfence();
+        await_workers();
+        if (threadIdx.x == 0) arrived = atomicAdd(of.arrived + tile, 1);
+        await_workers();
+        if (arrived == 0) return false;
+        __threadfence();
+#pragma unroll
+        for (int i = 0; i < 8 * HALVES; i++) sums[i >> 1][i & 1] += __ldcg(its + i * WORKERS);
+        return true;
+    }
+
+    __device__ __forceinline__ void write() const {
+#pragma unroll
+        for (int tile = 0; tile < 4 * HALVES; tile++) {
+            if (tile >= meeting.tiles || t >= meeting.tokens[tile]) continue;
+            const i64 pair = of.pairs[meeting.first[tile] + t];
+            const float first = sums[tile][0], second = sums[tile][1];
+            if (GATE_UP) {
+                of.out[pair * (of.num_rows / 2) + row] = first / (1.f + __expf(-first)) * second;
+            } else {
+                const float weight = of.weights[pair];
+                of.out[pair * of.num_rows + row] = first * weight;
+                of.out[pair * of.num_rows + row + BOX_ROWS] = second * weight;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        multiply_all();
+        if (piece.last - piece.first == STEPS || meet_other()) write();
+        __syncwarp();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    nested_meetings(const i8 *__restrict__ x, const float2 *__restrict__ groups, const Map *__restrict__ maps,
+                    const u16 *__restrict__ scales, const int *__restrict__ pairs,
+                    const Meeting *__restrict__ meetings, const float *__restrict__ weights, float *__restrict__ out,
+                    int num_rows, int, int top_k, float *__restrict__ partial, int *__restrict__ arrived) {
+    extern __shared__ __align__(1024) u8 memory[];
+    begin();
+    if (meetings[0].meetings == 0) return;
+    const u32 memory_at = (u32)__cvta_generic_to_shared(memory);
+    Codes codes;
+    Tokens tokens;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < CODE_SLOTS; i++, codes.advance()) {
+            init_barrier(memory_at + codes.full(), 1);
+            init_barrier(memory_at + codes.empty(), WARPS);
+        }
+        for (int i = 0; i < TOKEN_SLOTS; i++, tokens.advance()) {
+            init_barrier(memory_at + tokens.full(), COPIERS);
+            init_barrier(memory_at + tokens.empty(), WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
+    }
+    codes = {}, tokens = {};
+    __syncthreads();
+    const Step of = {{{COLUMNS}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k}, partial, arrived};
+    // As many registers in all as before: or warps wait for each other for ever.
+    if (threadIdx.x >= WORKERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (threadIdx.x < WORKERS + COPIERS)
+            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
+                const int tiles = piece.meeting->tiles;
+                if (tiles <= 2)
+                    copy_tokens<2>(of, piece, memory_at, tokens);
+                else if (tiles <= 4)
+                    copy_tokens<4>(of, piece, memory_at, tokens);
+                else if (tiles <= 6)
+                    copy_tokens<6>(of, piece, memory_at, tokens);
+                else
+                    copy_tokens<8>(of, piece, memory_at, tokens);
+            });
+        else if (threadIdx.x < WORKERS + COPIERS + 32)
+            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
+                if (threadIdx.x % 32 == 0) copy_codes(of, piece, memory_at, codes);
+            });
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+        for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
+            if (piece.meeting->tiles <= 4)
+                Worker<1>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
+            else
+                Worker<2>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
+        });
+    }
+}
