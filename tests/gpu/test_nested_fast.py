@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 CODE = NestedCode(4, 128)
+DEVICE = torch.device("cuda")
 Faces = tuple[tuple[int, PrivateCode], ...]
 HIDDEN, INNER, SLOTS, TOP_K = 2048, 4096, 3, 2
 # (slot, code) of every face: what an allocator may mix, with and without three bits.
@@ -66,25 +67,23 @@ def make_part(
     rows: int, columns: int, faces: Faces, seed: int
 ) -> tuple[FacePart, Tensor, list[Tensor]]:
     """Random codes; what they decode to [F, R, C]; and the tensors that must stay alive."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def codes(bits: int, *shape: int) -> Tensor:
-        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8, device=DEVICE)
 
     shared = codes(4, SLOTS, rows, columns)
-    scale = torch.rand(SLOTS, rows, scale_columns(columns, 128), generator=generator) * 0.001
+    scale_shape = SLOTS, rows, scale_columns(columns, 128)
+    scale = torch.rand(scale_shape, generator=generator, device=DEVICE) * 0.001
     scale = (scale + 0.0005).bfloat16()
-    planes = torch.stack([pack_planes(one, 4)[4] for one in shared]).cuda()
+    planes = torch.stack([pack_planes(one, 4)[4] for one in shared])
     decoded, table, alive = [], [], []
     for slot, code in faces:
         private = codes(code.bits, rows, columns) if code.bits else None
-        at = {4: 0, 2: 0, 1: 0}
-        for width, plane in (
-            pack_planes(private, code.bits) if private is not None else {}
-        ).items():
-            alive.append(plane.cuda())
-            at[width] = alive[-1].data_ptr()
-        table.append([slot, code.bits, code.step, at[4], at[2], at[1]])
+        own = pack_planes(private, code.bits) if private is not None else {}
+        alive += own.values()
+        at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
+        table.append([slot, code.bits, code.step, *at])
         decoded.append(decode(shared[slot], scale[slot], CODE, private, code))
     part = FacePart(
         rows,
@@ -92,12 +91,12 @@ def make_part(
         4,
         128,
         {4: planes},
-        scale.cuda(),
-        torch.tensor(table, device="cuda"),
+        scale,
+        torch.tensor(table, device=DEVICE),
         num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
         wide=any(code.bits == 4 for _, code in faces),
     )
-    return nested_fast.with_maps(part), torch.stack(decoded).cuda(), alive
+    return nested_fast.with_maps(part), torch.stack(decoded), alive
 
 
 def name_of(cut: Cut | None) -> str:
@@ -128,14 +127,14 @@ def test_every_pair_is_what_decoding_first_gives(
         assert is_fast(CODE, (rows, columns), [code for _, code in faces])
     gate_up, gate_up_FRC, _alive = make_part(2 * INNER, HIDDEN, faces, 1)
     down, down_FRC, _alive_too = make_part(HIDDEN, INNER, faces, 2)
-    chosen_TK = torch.rand(num_tokens, len(faces), device="cuda").topk(TOP_K, dim=-1).indices
-    weights_TK = torch.rand(num_tokens, TOP_K, device="cuda")
+    chosen_TK = torch.rand(num_tokens, len(faces), device=DEVICE).topk(TOP_K, dim=-1).indices
+    weights_TK = torch.rand(num_tokens, TOP_K, device=DEVICE)
     lists = FaceLists.of(chosen_TK, weights_TK, len(faces))
-    x_TH = torch.randn(num_tokens, HIDDEN, device="cuda")
+    x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
     pairs = num_tokens * TOP_K
-    inner = torch.full((pairs, INNER), torch.nan, device="cuda")
-    out = torch.full((pairs, 1, HIDDEN), torch.nan, device="cuda")
-    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, torch.device("cuda"))
+    inner = torch.full((pairs, INNER), torch.nan, device=DEVICE)
+    out = torch.full((pairs, 1, HIDDEN), torch.nan, device=DEVICE)
+    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, DEVICE)
     nested_fast.gate_up(x_TH, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
     nested_fast.down(inner, down, lists, 0, scratch, out_MSH=out, cut=cut)
     for face in range(len(faces)):
@@ -153,16 +152,16 @@ def test_sums_are_the_same_whichever_program_comes_first() -> None:
     gate_up, _, _alive = make_part(2 * INNER, HIDDEN, MEETING, 1)
     down, _, _alive_too = make_part(HIDDEN, INNER, MEETING, 2)
     num_tokens = 150  # more row tiles than programs, so that some are cut
-    chosen_TK = torch.rand(num_tokens, len(MEETING), device="cuda").topk(TOP_K, dim=-1).indices
-    weights_TK = torch.rand(num_tokens, TOP_K, device="cuda")
+    chosen_TK = torch.rand(num_tokens, len(MEETING), device=DEVICE).topk(TOP_K, dim=-1).indices
+    weights_TK = torch.rand(num_tokens, TOP_K, device=DEVICE)
     lists = FaceLists.of(chosen_TK, weights_TK, len(MEETING))
-    x_TH = torch.randn(num_tokens, HIDDEN, device="cuda")
-    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, torch.device("cuda"))
+    x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
+    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, DEVICE)
     cut = Cut(8, many=True, meet=1000)
     outs = []
     for _ in range(20):
-        inner = torch.full((num_tokens * TOP_K, INNER), torch.nan, device="cuda")
-        out = torch.full((num_tokens * TOP_K, 1, HIDDEN), torch.nan, device="cuda")
+        inner = torch.full((num_tokens * TOP_K, INNER), torch.nan, device=DEVICE)
+        out = torch.full((num_tokens * TOP_K, 1, HIDDEN), torch.nan, device=DEVICE)
         nested_fast.gate_up(x_TH, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
         nested_fast.down(inner, down, lists, 0, scratch, out_MSH=out, cut=cut)
         outs.append((inner, out))
@@ -191,13 +190,13 @@ def test_faces_are_decoded_as_the_definition_says(shared_bits: int, bits: int) -
     own = pack_planes(private, bits) if private is not None else {}
     own = {width: plane.cuda() for width, plane in own.items()}
     at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
-    faces = torch.tensor([[0] * 6, [0, bits, private_code.step, *at], [0] * 6], device="cuda")
+    faces = torch.tensor([[0] * 6, [0, bits, private_code.step, *at], [0] * 6], device=DEVICE)
     part = FacePart(
         rows, columns, shared_bits, 128, planes, scale[None].cuda(), faces,
         num_planes=len(own), wide=bits == 4,
     )  # fmt: skip
-    out = torch.full((2, rows, columns), torch.nan, device="cuda", dtype=torch.bfloat16)
-    counts = torch.tensor([1, 1, 0], dtype=torch.int32, device="cuda")
+    out = torch.full((2, rows, columns), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    counts = torch.tensor([1, 1, 0], dtype=torch.int32, device=DEVICE)
     nested.decode_faces(part, 1, counts, out_FRC=out)
     assert torch.equal(out[0].cpu(), decode(shared, scale, code, private, private_code).bfloat16())
     assert out[1].isnan().all(), "nobody wants it"

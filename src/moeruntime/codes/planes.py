@@ -54,7 +54,7 @@ def pack_planes(codes_RC: Tensor, bits: int) -> dict[int, Tensor]:
         fields_RC = codes_RC >> above if above else codes_RC
         if above + width < bits:
             fields_RC = fields_RC & (2**width - 1)
-        plane = torch.zeros(num_rows, row_bytes, dtype=torch.uint8)
+        plane = torch.zeros(num_rows, row_bytes, dtype=torch.uint8, device=codes_RC.device)
         for number, start in enumerate(range(0, num_columns, row_bytes)):
             run_RJ = fields_RC[:, start : start + row_bytes]
             plane[:, : run_RJ.shape[1]] |= run_RJ << number * width

@@ -1,15 +1,16 @@
 // The experts of a step over nested codes, for faces of one slot that meet, on Hopper devices.
 //
 // The same sums as `nested_fast.cu`, whose head says what they are and how codes lie: integers, exact, and one
-// scale for 128 columns. A program takes a meeting, up to 32 tokens of up to four faces of a slot, and three times
-// 64 rows (of gate_up 32 neurons' gate and up rows). Of a step (`Columns`) it multiplies H with the tokens of all
-// of them, then each face's L with its own. So H is fetched and brought into registers once for all, and codes
+// scale for 128 columns. A block takes a meeting, up to 32 tokens of faces of a slot in tiles of four, and three
+// times 64 rows (of gate_up 32 neurons' gate and up rows). Of a step (`Columns`) it multiplies H with the tokens of
+// all of them, then each face's L with its own. So H is fetched and brought into registers once for all, and codes
 // are multiplied as they lie in a byte: one instruction for four of them, where putting 8 H + a L together as
 // `nested_many.cu` does takes five. The powers of two leave with the scale.
 //
-// There is a block for every multiprocessor. One thread has codes copied into a ring of slots by the copy
-// engine, two warps copy tokens into another ring, of one piece of work after the other. Three warpgroups multiply
-// 64 rows each, and never wait for each other: a lane has a neuron's gate and up row.
+// There is a block for every multiprocessor, and each has as much to do (`for_each_piece`). One thread has codes
+// copied into a ring of slots by the copy engine, two warps copy tokens into another ring, of one piece of work
+// after the other. Three warpgroups multiply 64 rows each, and never wait for each other: a lane has a neuron's
+// gate and up row.
 //
 // Compiled with GATE_UP, COLUMNS, CODE_SLOTS and TOKEN_SLOTS (of the rings).
 
