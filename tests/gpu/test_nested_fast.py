@@ -99,6 +99,29 @@ def make_part(
     return nested_fast.with_maps(part), torch.stack(decoded), alive
 
 
+class Step:
+    """Random tokens for faces of both matrices, some of them for nobody."""
+
+    def __init__(self, faces: Faces, num_tokens: int) -> None:
+        self.gate_up, self.gate_up_FRC, _alive = make_part(2 * INNER, HIDDEN, faces, 1)
+        self.down, self.down_FRC, _alive_too = make_part(HIDDEN, INNER, faces, 2)
+        self.chosen_TK = torch.rand(num_tokens, len(faces), device=DEVICE).topk(TOP_K).indices
+        self.weights_TK = torch.rand(num_tokens, TOP_K, device=DEVICE)
+        self.lists = FaceLists.of(self.chosen_TK, self.weights_TK, len(faces))
+        self.x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
+        self.scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, DEVICE)
+
+    def run(self, cut: Cut | None) -> tuple[Tensor, Tensor]:
+        """What gate_up and down make, of places that were poisoned."""
+        num_pairs = self.chosen_TK.numel()
+        inner = torch.full((num_pairs, INNER), torch.nan, device=DEVICE)
+        out = torch.full((num_pairs, 1, HIDDEN), torch.nan, device=DEVICE)
+        lists, scratch = self.lists, self.scratch
+        nested_fast.gate_up(self.x_TH, self.gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
+        nested_fast.down(inner, self.down, lists, 0, scratch, out_MSH=out, cut=cut)
+        return inner, out
+
+
 def name_of(cut: Cut | None) -> str:
     if cut is None:
         return "chosen"
@@ -125,46 +148,23 @@ def test_every_pair_is_what_decoding_first_gives(
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     for rows, columns in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
         assert is_fast(CODE, (rows, columns), [code for _, code in faces])
-    gate_up, gate_up_FRC, _alive = make_part(2 * INNER, HIDDEN, faces, 1)
-    down, down_FRC, _alive_too = make_part(HIDDEN, INNER, faces, 2)
-    chosen_TK = torch.rand(num_tokens, len(faces), device=DEVICE).topk(TOP_K, dim=-1).indices
-    weights_TK = torch.rand(num_tokens, TOP_K, device=DEVICE)
-    lists = FaceLists.of(chosen_TK, weights_TK, len(faces))
-    x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
-    pairs = num_tokens * TOP_K
-    inner = torch.full((pairs, INNER), torch.nan, device=DEVICE)
-    out = torch.full((pairs, 1, HIDDEN), torch.nan, device=DEVICE)
-    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, DEVICE)
-    nested_fast.gate_up(x_TH, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
-    nested_fast.down(inner, down, lists, 0, scratch, out_MSH=out, cut=cut)
+    step = Step(faces, num_tokens)
+    inner, out = step.run(cut)
+    chosen_M, weights_M = step.chosen_TK.flatten(), step.weights_TK.flatten()
     for face in range(len(faces)):
-        mine = (chosen_TK.flatten() == face).nonzero()[:, 0]
+        mine = (chosen_M == face).nonzero()[:, 0]
         if not len(mine):
             continue
-        both = x_TH[mine // TOP_K].float() @ gate_up_FRC[face].T
+        both = step.x_TH[mine // TOP_K].float() @ step.gate_up_FRC[face].T
         expected = F.silu(both[:, :INNER]) * both[:, INNER:]
         assert error(inner[mine], expected) <= 1e-3
-        expected = inner[mine].float() @ down_FRC[face].T * weights_TK.flatten()[mine, None]
+        expected = inner[mine].float() @ step.down_FRC[face].T * weights_M[mine, None]
         assert error(out[mine, 0], expected) <= 1e-3
 
 
 def test_sums_are_the_same_whichever_program_comes_first() -> None:
-    gate_up, _, _alive = make_part(2 * INNER, HIDDEN, MEETING, 1)
-    down, _, _alive_too = make_part(HIDDEN, INNER, MEETING, 2)
-    num_tokens = 150  # more row tiles than programs, so that some are cut
-    chosen_TK = torch.rand(num_tokens, len(MEETING), device=DEVICE).topk(TOP_K, dim=-1).indices
-    weights_TK = torch.rand(num_tokens, TOP_K, device=DEVICE)
-    lists = FaceLists.of(chosen_TK, weights_TK, len(MEETING))
-    x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
-    scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, DEVICE)
-    cut = Cut(8, many=True, meet=1000)
-    outs = []
-    for _ in range(20):
-        inner = torch.full((num_tokens * TOP_K, INNER), torch.nan, device=DEVICE)
-        out = torch.full((num_tokens * TOP_K, 1, HIDDEN), torch.nan, device=DEVICE)
-        nested_fast.gate_up(x_TH, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
-        nested_fast.down(inner, down, lists, 0, scratch, out_MSH=out, cut=cut)
-        outs.append((inner, out))
+    step = Step(MEETING, num_tokens=150)  # more row tiles than programs, so that some are cut
+    outs = [step.run(Cut(8, many=True, meet=1000)) for _ in range(20)]
     for inner, out in outs:
         assert torch.equal(inner, outs[0][0])
         assert torch.equal(out, outs[0][1])

@@ -74,10 +74,6 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
     return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-template <int N> struct Count { // a number, as an argument's type
-    static constexpr int COUNT = N;
-};
-
 // c (+)= rows [64, 32] in registers times tokens' halves [32, 8 T] in shared memory.
 template <int T> struct Product;
 
@@ -143,6 +139,37 @@ template <class T, int COUNT> __device__ __forceinline__ void keep_order(T (&c)[
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
 }
+// c = the codes of 128 columns in registers times the tokens that an operand says.
+template <int T> __device__ __forceinline__ void start_products(int (&c)[4 * T], const u32 (&a)[16], u64 operand) {
+    keep_order(c);
+    fence_registers();
+#pragma unroll
+    for (int i = 0; i < 4; i++) Product<T>::start(c, a + 4 * i, operand + 2 * i, i);
+    commit_products();
+}
+// While products run, those before are added up.
+template <int COUNT, class Start, class AddUp> __device__ __forceinline__ void pipeline(Start start, AddUp add_up) {
+    start(0);
+#pragma unroll
+    for (int at = 1; at < COUNT; at++) {
+        start(at);
+        await_products<1>();
+        add_up(at - 1);
+    }
+    await_products<0>();
+    add_up(COUNT - 1);
+}
+// What both halves of a token make, in units of the lower one.
+__device__ __forceinline__ float whole(const int *halves) { return (float)(128 * halves[0] + halves[1]); }
+
+// What was copied to shared memory is read by products, which have another way there.
+__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Those that multiply, and nobody who copies.
+template <int COUNT> __device__ __forceinline__ void await_threads() {
+    asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
+}
+
 constexpr int BATCHES = 4;
 
 // A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
@@ -167,6 +194,8 @@ struct Arguments : Columns { // of a kernel
     const float *weights;
     float *out;
     int num_rows, top_k;
+    // Of x: which token, or what was made of one, a pair is about.
+    __device__ __forceinline__ int row_of(int pair) const { return GATE_UP ? pair / top_k : pair; }
 };
 
 __device__ __forceinline__ float scale_from(u16 bits) { return __uint_as_float((u32)bits << 16); }

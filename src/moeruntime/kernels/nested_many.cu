@@ -33,8 +33,6 @@ constexpr int STAGE = TOKENS_AT + BATCHES * 2 * MOST_TOKENS * GROUP; // a multip
 constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = BATCHES * MOST_TOKENS * 8; // what tokens' integers count
 constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES, SUMS_AT = EMPTY_AT + 8 * STAGES;
 
-__device__ __forceinline__ void await_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
-
 struct Ring { // the stage that is next, and how often the ring went round
     int stage = 0;
     u32 parity = 0;
@@ -69,8 +67,7 @@ __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int t
         }
     };
     auto row_of_pair = [&](int token) {
-        const int pair = of.pairs[unit.first + (token < unit.tokens ? token : 0)];
-        return GATE_UP ? pair / of.top_k : pair;
+        return of.row_of(of.pairs[unit.first + (token < unit.tokens ? token : 0)]);
     };
     int token_at[MOST_TOKENS * 2 / APART]; // in x
 #pragma unroll
@@ -143,7 +140,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
 #pragma unroll 1
     for (int at_step = 0; at_step < steps; at_step++) {
         await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); // products read by another way
+        fence_for_products();
         u16 scale_of[BATCHES][2]; // asked for after the fence, which waits for whatever was asked for before
 #pragma unroll
         for (int i = 0; i < 2 * BATCHES; i++)
@@ -155,7 +152,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
         Words shared, own, own1;
         u32 a[2][16];
         int c[2][4 * T];
-        auto unpack = [&](int batch) {
+        auto start = [&](int batch) {
             const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
             if (field == 0) {
                 load(shared, here + upper * RUN, mine, 8, t);
@@ -172,14 +169,8 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
                 if (PLANES > 1) code += (own1[i] >> shift1 & 0x01010101u) * step1;
                 a[batch & 1][i] = code;
             }
-        };
-        auto multiply = [&](int batch) {
-            const u64 b = descriptor(ring_at + ring.stage * STAGE + TOKENS_AT + batch * N * GROUP);
-            keep_order(c[batch & 1]);
-            fence_registers();
-#pragma unroll
-            for (int i = 0; i < 4; i++) Product<T>::start(c[batch & 1], a[batch & 1] + 4 * i, b + 2 * i, i);
-            commit_products();
+            start_products<T>(c[batch & 1], a[batch & 1],
+                              descriptor(ring_at + ring.stage * STAGE + TOKENS_AT + batch * N * GROUP));
         };
         auto add_up = [&](int batch) {
             int(&found)[4 * T] = c[batch & 1];
@@ -192,25 +183,11 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
                 const float2 one = groups_here[batch * TOKENS + 4 * tile];
                 const float less = one.y * middle;
 #pragma unroll
-                for (int below = 0; below < 2; below++) {
-                    const int *const halves = found + 4 * tile + 2 * below;
-                    sums[tile][below] += u[below] * ((float)(128 * halves[0] + halves[1]) * one.x - less);
-                }
+                for (int below = 0; below < 2; below++)
+                    sums[tile][below] += u[below] * (whole(found + 4 * tile + 2 * below) * one.x - less);
             }
         };
-        unpack(0);
-        multiply(0);
-#pragma unroll
-        for (int batch = 0; batch < BATCHES; batch++) {
-            if (batch + 1 < BATCHES) {
-                unpack(batch + 1);
-                multiply(batch + 1);
-                await_products<1>();
-            } else {
-                await_products<0>();
-            }
-            add_up(batch);
-        }
+        pipeline<BATCHES>(start, add_up);
         __syncwarp();
         if (lane == 0) arrive(ring_at + EMPTY_AT + 8 * ring.stage);
         ring.advance();
@@ -218,12 +195,12 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
 
     // Through shared memory, so that a token's rows are written side by side, and gate meets up.
     auto found = reinterpret_cast<float(*)[TOKENS + 1]>(memory + SUMS_AT);
-    await_workers(); // those of the work before were read
+    await_threads<WORKERS>(); // those of the work before were read
 #pragma unroll
     for (int tile = 0; tile < T; tile++)
 #pragma unroll
         for (int below = 0; below < 2; below++) found[mine + 8 * below][4 * tile + t] = sums[tile][below];
-    await_workers();
+    await_threads<WORKERS>();
     constexpr int kept = GATE_UP ? ROWS / 2 : ROWS;
     for (int at = thread; at < kept * unit.tokens; at += WORKERS) {
         const int row = at % kept, token = at / kept;

@@ -31,9 +31,6 @@ constexpr int PARTIAL = PARTS * ROWS * MOST_TOKENS; // sums of a piece of work
 
 constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
 
-// What was copied to shared memory is read by products, which have another way there.
-__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // In one go, so that each has an address of its own and none waits for the one before to be done with it.
 __device__ __forceinline__ void copy_two(u32 to, const i8 *a, const i8 *b) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
@@ -54,8 +51,6 @@ template <int SLOTS, int SLOT, int RING_AT, int BARRIERS> struct Ring {
 };
 typedef Ring<CODE_SLOTS, RUN, 0, BARRIERS_AT> Codes;
 typedef Ring<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
-
-__device__ __forceinline__ void await_workers() { asm volatile("bar.sync 1, %0;" ::"n"(WORKERS) : "memory"); }
 
 struct Step : Arguments {
     // Of each tile that is cut, by the number of the block that has the end of it: sums of its beginning and of its
@@ -115,7 +110,7 @@ __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, 
     auto row_of_place = [&](int place) {
         const int tile = min(place / TILE, meeting.tiles - 1), token = place % TILE;
         const int pair = of.pairs[meeting.first[tile] + (token < meeting.tokens[tile] ? token : 0)];
-        return GATE_UP ? pair / of.top_k : pair;
+        return of.row_of(pair);
     };
     u32 token_at[TILES]; // in x: of the tile's token, a half
 #pragma unroll
@@ -133,7 +128,8 @@ __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, 
             const i8 *const from = of.x + group * GROUP;
             const u32 to = token_to + ring.at() + batch * BATCH;
 #pragma unroll
-            for (int i = 0; i < TILES; i += 2) copy_two(to + i * TILE_BYTES, from + token_at[i], from + token_at[i + 1]);
+            for (int i = 0; i < TILES; i += 2)
+                copy_two(to + i * TILE_BYTES, from + token_at[i], from + token_at[i + 1]);
             if (has_group) copy_eight(groups_to + ring.slot * GROUPS + batch * MOST_TOKENS * 8, groups + group);
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
@@ -142,30 +138,6 @@ __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, 
         ring.advance();
     }
 }
-
-// c = the codes of 128 columns in registers times the tokens that an operand says.
-template <int T> __device__ __forceinline__ void start_products(int (&c)[4 * T], u32 (&a)[16], u64 operand) {
-    keep_order(a);
-    keep_order(c);
-    fence_registers();
-#pragma unroll
-    for (int i = 0; i < 4; i++) Product<T>::start(c, a + 4 * i, operand + 2 * i, i);
-    commit_products();
-}
-// While products run, those before are added up.
-template <int COUNT, class Start, class AddUp> __device__ __forceinline__ void pipeline(Start start, AddUp add_up) {
-    start(0);
-#pragma unroll
-    for (int at = 1; at < COUNT; at++) {
-        start(at);
-        await_products<1>();
-        add_up(at - 1);
-    }
-    await_products<0>();
-    add_up(COUNT - 1);
-}
-// What both halves of a token make, in units of the lower one.
-__device__ __forceinline__ float whole(const int *halves) { return (float)(128 * halves[0] + halves[1]); }
 
 // What a lane has of a piece of work with up to four times HALVES tiles.
 template <int HALVES> struct Worker {
@@ -209,6 +181,7 @@ template <int HALVES> struct Worker {
 #pragma unroll
                 for (int i = 0; i < 16; i++) h[batch & 1][i] = words[i] & 0x0F0F0F0Fu << 4 * (batch & 1);
             }
+            keep_order(h[batch & 1]);
             start_products<4>(c[at & 1], h[batch & 1], operand + (batch * BATCH + half * 4 * TILE_BYTES) / 16);
         };
         auto add_up = [&](int at) {
@@ -240,6 +213,7 @@ template <int HALVES> struct Worker {
         auto start = [&](int batch) {
 #pragma unroll
             for (int i = 0; i < 16; i++) l[batch & 1][i] = words[i] & mask << shift_of(batch);
+            keep_order(l[batch & 1]);
             start_products<TILES>(c[batch & 1], l[batch & 1], operand + (batch * BATCH + FIRST * TILE_BYTES) / 16);
         };
         auto add_up = [&](int batch) {
@@ -315,9 +289,9 @@ template <int HALVES> struct Worker {
 #pragma unroll
         for (int i = 0; i < 8 * HALVES; i++) mine[i * WORKERS] = sums[i >> 1][i & 1];
         __threadfence();
-        await_workers();
+        await_threads<WORKERS>();
         if (threadIdx.x == 0) arrived = atomicAdd(of.arrived + tile, 1);
-        await_workers();
+        await_threads<WORKERS>();
         if (arrived == 0) return false;
         __threadfence();
 #pragma unroll

@@ -58,12 +58,13 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
     const Face face = thread < num_faces ? faces[thread] : Face{};
     const int count = thread < num_faces ? counts[thread] : 0, kind = (int)(4 * face.slot + face.bits);
     const bool may_meet = count > 0 && count <= most_tokens && (face.bits == 1 || face.bits == 2);
-    // Three are taken as four, one of which is empty.
-    const int tiles = (count + TILE - 1) / TILE + ((count + TILE - 1) / TILE % 4 == 3), fours = tiles & ~3;
+    const int full = (count + TILE - 1) / TILE, tiles = full + (full % 4 == 3); // three as four, of which one is empty
+    const int fours = tiles & ~3;
     kind_of[thread] = may_meet ? kind : -1;
     tiles_of[thread] = tiles;
     __syncthreads();
-    int peers = 0, all = 0, all_fours = 0, all_twos = 0, fours_before = 0, twos_before = 0, ones_before = 0, leader = thread;
+    int peers = 0, all = 0, all_fours = 0, all_twos = 0, fours_before = 0, twos_before = 0, ones_before = 0;
+    int leader = thread; // the first of those that may meet
     if (may_meet)
         for (int other = 0; other < num_faces; other++) {
             if (kind_of[other] != kind) continue;
