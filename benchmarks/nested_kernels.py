@@ -25,12 +25,14 @@ from moeruntime.kernels.face_parts import GROUP, ByteRows, Cut, FacePart
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")
 CUTS = [Cut(tiles, turns) for tiles in (1, 2, 4) for turns in (1, 4)]
-CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)] + [Cut(8, many=True, meet=16)]
+CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)] + [
+    Cut(8, many=True, meet=32, meeting=tiles) for tiles in (8, 12)
+]
 
 
 def way_of(cut: Cut) -> str:
     """How it is printed: the kernel, or its turns."""
-    return "meet" if cut.meet else "many" if cut.many else str(cut.turns)
+    return f"meet{cut.meeting}" if cut.meet else "many" if cut.many else str(cut.turns)
 
 
 def make_part(

@@ -28,12 +28,12 @@ from moeruntime.tensorfile import FileTensor
 
 __all__ = ["RING_BYTES", "Loader"]
 
-NUM_BUFFERS = 12
+NUM_BUFFERS = 14
 BUFFER_BYTES = 16 * 2**20
 RING_BYTES = NUM_BUFFERS * BUFFER_BYTES
 """Host memory the ring takes while an engine loads."""
 
-MAX_THREADS = 8
+MAX_THREADS = 12
 # Pieces that may wait for a thread; bounds how far the caller, and its progress, run ahead.
 MAX_WAITING = 2 * NUM_BUFFERS
 

@@ -58,7 +58,7 @@ CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2))),
     *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
-    *(Cut(8, many=True, meet=most) for most in (16, 1000)),
+    *(Cut(8, many=True, meet=most, meeting=tiles) for most in (16, 1000) for tiles in (8, 12)),
 ]
 
 
@@ -126,7 +126,7 @@ def name_of(cut: Cut | None) -> str:
     if cut is None:
         return "chosen"
     if cut.meet:
-        return f"meet{cut.meet}"
+        return f"meet{cut.meet}in{cut.meeting}"
     return f"many{cut.tiles}" if cut.many else f"few{cut.tiles}x{cut.turns}"
 
 
@@ -162,9 +162,10 @@ def test_every_pair_is_what_decoding_first_gives(
         assert error(out[mine, 0], expected) <= 1e-3
 
 
-def test_sums_are_the_same_whichever_program_comes_first() -> None:
+@pytest.mark.parametrize("meeting", [8, 12])
+def test_sums_are_the_same_whichever_program_comes_first(meeting: int) -> None:
     step = Step(MEETING, num_tokens=150)  # more row tiles than programs, so that some are cut
-    outs = [step.run(Cut(8, many=True, meet=1000)) for _ in range(20)]
+    outs = [step.run(Cut(8, many=True, meet=1000, meeting=meeting)) for _ in range(20)]
     for inner, out in outs:
         assert torch.equal(inner, outs[0][0])
         assert torch.equal(out, outs[0][1])

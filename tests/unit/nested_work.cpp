@@ -15,9 +15,6 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static
-struct uint2 {
-    unsigned x, y;
-};
 struct Index {
     int x;
 };
@@ -38,7 +35,7 @@ struct Step {
     static constexpr int CAPACITY = 600;
     std::vector<Face> faces;
     std::vector<int> counts = std::vector<int>(MOST_FACES);
-    int tokens, most_tokens, pairs = 0;
+    int tokens, most_tokens, meeting_tiles, pairs = 0;
     std::vector<Unit> units;
     std::vector<Meeting> meetings;
 
@@ -53,6 +50,7 @@ struct Step {
         const int tokens_of[] = {8, 16, 32, 48}, most_of[] = {0, 16, 1000};
         tokens = tokens_of[draw(0, 3)];
         most_tokens = most_of[draw(0, 2)];
+        meeting_tiles = draw(0, 1) ? 8 : 12;
         units.resize(max(1, min(pairs, (pairs + MOST_FACES * (tokens - 1)) / tokens)));
         meetings.resize(pairs + 1);
         std::memset(meetings.data(), 0xAB, meetings.size() * sizeof(Meeting));
@@ -61,7 +59,7 @@ struct Step {
             threads.emplace_back([this, thread] {
                 threadIdx.x = thread;
                 list_units(faces.data(), counts.data(), (int)faces.size(), units.data(), (int)units.size(), tokens,
-                           CAPACITY, meetings.data(), most_tokens);
+                           CAPACITY, meetings.data(), meeting_tiles, most_tokens);
             });
         for (std::thread &thread : threads) thread.join();
     }
@@ -82,7 +80,7 @@ void check_lists(const Step &step, int round) {
     int before = 0;
     for (int i = 0; i < step.num_meetings(); i++) {
         const Meeting &meeting = step.meetings[i];
-        if (meeting.tiles < 1 || meeting.tiles > MEETING) fail(round, "a meeting's tiles");
+        if (meeting.tiles < 1 || meeting.tiles > step.meeting_tiles) fail(round, "a meeting's tiles");
         if (meeting.before != before || meeting.cost < 1) fail(round, "costs");
         before += meeting.cost;
         for (int tile = 0; tile < meeting.tiles; tile++) {

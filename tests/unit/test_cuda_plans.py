@@ -55,7 +55,9 @@ def test_faces_of_a_slot_meet_where_that_was_measured_to_be_faster() -> None:
         faces = int(8 * faces_a_slot)
         return Cut.of(2 * batch, faces, hopper=hopper, faces_a_slot=faces_a_slot)
 
-    assert [cut(batch, 4.0).meet > 0 for batch in (1, 8, 32, 64, 128)] == [0, 0, 1, 1, 0]
+    meetings = [cut(batch, 4.0) for batch in (1, 8, 32, 64, 128, 256)]
+    assert [one.meet > 0 for one in meetings] == [0, 0, 1, 1, 1, 0]
+    assert [one.meeting for one in meetings if one.meet] == [8, 8, 12]
     assert cut(32, 4.0).many, "who is alone in a slot goes to the other kernel"
     assert cut(32, 2.0).meet == 0
     assert cut(32, 4.0, hopper=False).meet == 0

@@ -17,13 +17,15 @@ from moeruntime.codes import NestedCode, PrivateCode
 
 __all__ = [
     "GROUP",
+    "LARGE_MEETING",
     "MANY_ROWS",
     "MANY_THREADS",
     "MEETING_ROWS",
     "MEETING_THREADS",
-    "MEETING_TOKENS",
     "MOST_PROGRAMS",
     "ROWS",
+    "SMALL_MEETING",
+    "TILE",
     "UNIT_WORDS",
     "WARPS",
     "ByteRows",
@@ -38,6 +40,9 @@ WARPS, ROWS = 4, 32
 MANY_THREADS, MANY_ROWS = 384, 128
 """Threads of a program of `nested_many.cu`, and rows that it takes at a time."""
 
+TILE = 4
+"""Tokens that are multiplied side by side, and a tile of a unit or meeting is made of."""
+
 GROUP = 128
 """Columns that have one scale, as the kernel wants it."""
 
@@ -47,18 +52,21 @@ MAX_FACES = 128
 MAX_TURNS = 8
 """That a program of gate_up takes."""
 
-MEETING_THREADS, MEETING_ROWS, MEETING_TOKENS = 512, 192, 32
-"""Threads of a program of `nested_meetings.cu`, and rows and tokens that it takes at a time."""
+MEETING_THREADS, MEETING_ROWS = 512, 192
+"""Threads of a program of `nested_meetings.cu`, and rows that it takes at a time."""
+
+SMALL_MEETING, LARGE_MEETING = 8, 12
+"""Tiles of four tokens that a program of `nested_meetings.cu` takes at most."""
 
 MOST_PROGRAMS = 144
 """Of `nested_meetings.cu`, that run at once: one for each multiprocessor of a Hopper device."""
 
-UNIT_WORDS = 34
+UNIT_WORDS = 48
 """Integers that describe a unit of work, or a meeting of faces."""
 
-FEW_TO_MEET, MANY_TO_MEET, MOST_TO_MEET = 1.5, 6.0, 16
-"""On a Hopper device `nested_meetings.cu` serves between so many tokens of a face, on average, and
-no face that has more than so many."""
+FEW_TO_MEET, MORE_TO_MEET, MANY_TO_MEET, MOST_TO_MEET = 1.5, 5.0, 9.0, 32
+"""On a Hopper device `nested_meetings.cu` serves between so many tokens of a face, on average, in
+large meetings from so many on; and no face that has more than so many."""
 
 FEW_A_FACE = 3
 """On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average."""
@@ -116,17 +124,19 @@ class Cut:
             `nested_fast.cu`, for which they are 1, 2 or 4.
         meet: before `nested_many.cu`, `nested_meetings.cu` serves faces of a slot together that
             have up to so many tokens each.
+        meeting: tiles of them at a time, SMALL_MEETING or LARGE_MEETING.
     """
 
     tiles: int
     turns: int = 1
     many: bool = False
     meet: int = 0
+    meeting: int = SMALL_MEETING
 
     @property
     def tokens(self) -> int:
         """Of a program, at most."""
-        return 4 * self.tiles
+        return TILE * self.tiles
 
     @classmethod
     def of(cls, num_pairs: int, num_faces: int, *, hopper: bool, faces_a_slot: float = 1.0) -> Cut:
@@ -140,10 +150,12 @@ class Cut:
         """
         a_face = num_pairs / num_faces
         if hopper and faces_a_slot > 2 and FEW_TO_MEET <= a_face <= MANY_TO_MEET:
-            return cls(8, many=True, meet=MOST_TO_MEET)
+            meeting = SMALL_MEETING if a_face < MORE_TO_MEET else LARGE_MEETING
+            return cls(8, many=True, meet=MOST_TO_MEET, meeting=meeting)
         # All tokens may be of one variant: then there are many for each of its faces.
         if hopper and a_face >= FEW_A_FACE:
-            return cls(12 if 24 < a_face <= 48 else 8, many=True)
+            large = 24 < a_face <= 48 or a_face > 72  # tiles that are not full are what tells
+            return cls(12 if large else 8, many=True)
         tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
         turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
         return cls(tiles, turns)
@@ -168,7 +180,7 @@ class ByteRows:
         self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
         self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
         self.units = torch.empty(2 * UNIT_WORDS * most_units, dtype=torch.int32, device=device)
-        sums = 2 * MOST_PROGRAMS * MEETING_ROWS * MEETING_TOKENS
+        sums = 2 * MOST_PROGRAMS * MEETING_ROWS * TILE * LARGE_MEETING
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
         self.arrived = torch.empty(MOST_PROGRAMS, dtype=torch.int32, device=device)
 

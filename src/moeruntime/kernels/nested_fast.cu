@@ -33,12 +33,13 @@ extern "C" __global__ void __launch_bounds__(MOST_FACES)
     halves(const float *__restrict__ x, i8 *__restrict__ out, float2 *__restrict__ groups, int num_groups,
            int groups_a_row, const Face *__restrict__ faces, const int *__restrict__ counts, int num_faces,
            Unit *__restrict__ units, int num_units, int tokens, int capacity, int transposed,
-           Meeting *__restrict__ meetings, int most_tokens, int *__restrict__ arrived, int num_cuts) {
+           Meeting *__restrict__ meetings, int meeting_tiles, int most_tokens, int *__restrict__ arrived, int num_cuts) {
     begin();
     const int thread = threadIdx.x, lane = thread & 31;
     if (blockIdx.x + 1 == gridDim.x) {
         for (int i = thread; i < num_cuts; i += MOST_FACES) arrived[i] = 0;
-        list_units(faces, counts, num_faces, units, num_units, tokens, capacity, meetings, most_tokens);
+        list_units(faces, counts, num_faces, units, num_units, tokens, capacity, meetings, meeting_tiles,
+                   most_tokens);
         return;
     }
     const int group = blockIdx.x * (MOST_FACES / 32) + (thread >> 5);

@@ -21,9 +21,9 @@ from moeruntime.kernels.face_parts import (
     MANY_THREADS,
     MEETING_ROWS,
     MEETING_THREADS,
-    MEETING_TOKENS,
     MOST_PROGRAMS,
     ROWS,
+    TILE,
     WARPS,
     ByteRows,
     Cut,
@@ -47,16 +47,8 @@ BARRIER_BYTES = 16
 MAX_SHARED_BYTES = 227 * 1024
 """That a program may have on a Hopper device."""
 
-CODE_SLOTS, TOKEN_SLOTS = 6, 2
-"""Of the rings that a program of `nested_meetings.cu` copies into; as many as fit."""
-
-MEETING_SHARED_BYTES = (
-    CODE_SLOTS * (MEETING_ROWS * GROUP + BARRIER_BYTES)
-    + TOKEN_SLOTS * (4 * MEETING_TOKENS * (2 * GROUP + 8) + BARRIER_BYTES)
-    + 16
-)
-"""Slots of codes; slots of both halves of a step's tokens, and what their integers count; and a
-number."""
+TOKEN_SLOTS = 2
+"""Of the ring that a program of `nested_meetings.cu` copies tokens into."""
 
 
 def with_maps(part: FacePart) -> FacePart:
@@ -135,7 +127,7 @@ def _launch(
             x, scratch.values, scratch.groups, num_groups, part.num_columns // GROUP,
             part.faces_F6, lists.counts_LF[layer], num_faces,
             scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2], int(cut.many),
-            meetings, most_to_meet,
+            meetings, cut.meeting, most_to_meet,
             scratch.arrived, len(scratch.arrived) if most_to_meet else 0,
         ),
         shared_bytes=0,
@@ -156,13 +148,19 @@ def _launch(
         )  # fmt: skip
 
     if most_to_meet:
-        rings = (("CODE_SLOTS", CODE_SLOTS), ("TOKEN_SLOTS", TOKEN_SLOTS))
-        shape = (("GATE_UP", int(is_gate_up)), ("COLUMNS", part.num_columns))
-        compile_kernel(MEETINGS_SOURCE, "nested_meetings", (*shape, *rings))(
+        code_slots, shared_bytes = _meeting_rings(cut)
+        of_meetings = {
+            "GATE_UP": int(is_gate_up),
+            "COLUMNS": part.num_columns,
+            "TILES": cut.meeting,
+            "CODE_SLOTS": code_slots,
+            "TOKEN_SLOTS": TOKEN_SLOTS,
+        }
+        compile_kernel(MEETINGS_SOURCE, "nested_meetings", tuple(of_meetings.items()))(
             (min(num_multiprocessors, MOST_PROGRAMS), 1, 1),
             MEETING_THREADS,
             (*arguments(part.maps, meetings), scratch.partial, scratch.arrived),
-            shared_bytes=MEETING_SHARED_BYTES,
+            shared_bytes=shared_bytes,
         )
     if cut.many:
         stages, shared_bytes = _ring(part, cut)
@@ -207,6 +205,16 @@ def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
     sums = 4 * MANY_ROWS * (cut.tokens + 1)
     stages = min(MAX_STAGES, (MAX_SHARED_BYTES - sums) // stage)
     return stages, stages * stage + sums
+
+
+def _meeting_rings(cut: Cut) -> tuple[int, int]:
+    """Of a program of `nested_meetings`: slots of codes, as many as fit, and shared bytes."""
+    # Both halves of a step's tokens, and what their integers count.
+    token_slot = 4 * TILE * cut.meeting * (2 * GROUP + 8) + BARRIER_BYTES
+    code_slot = MEETING_ROWS * GROUP + BARRIER_BYTES
+    rest = TOKEN_SLOTS * token_slot + 16  # and a number
+    code_slots = (MAX_SHARED_BYTES - rest) // code_slot
+    return code_slots, code_slots * code_slot + rest
 
 
 @cache

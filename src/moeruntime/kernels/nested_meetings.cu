@@ -1,7 +1,7 @@
 // The experts of a step over nested codes, for faces of one slot that meet, on Hopper devices.
 //
 // The same sums as `nested_fast.cu`, whose head says what they are and how codes lie: integers, exact, and one
-// scale for 128 columns. A block takes a meeting, up to 32 tokens of faces of a slot in tiles of four, and three
+// scale for 128 columns. A block takes a meeting, up to TILES tiles of four tokens of faces of a slot, and three
 // times 64 rows (of gate_up 32 neurons' gate and up rows). Of a step (`Columns`) it multiplies H with the tokens of
 // all of them, then each face's L with its own. So H is fetched and brought into registers once for all, and codes
 // are multiplied as they lie in a byte: one instruction for four of them, where putting 8 H + a L together as
@@ -12,16 +12,16 @@
 // after the other. Three warpgroups multiply 64 rows each, and never wait for each other: a lane has a neuron's
 // gate and up row.
 //
-// Compiled with GATE_UP, COLUMNS, CODE_SLOTS and TOKEN_SLOTS (of the rings).
+// Compiled with GATE_UP, COLUMNS, TILES (8 or 12), CODE_SLOTS and TOKEN_SLOTS (of the rings).
 
 #include "nested_hopper.cuh"
 
 constexpr int PARTS = 3, ROWS = 64; // of a block
 constexpr int COPIERS = 64, WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
 constexpr int PART = ROWS * GROUP, RUN = PARTS * PART; // bytes of a run of codes
-constexpr int MOST_TOKENS = MEETING * TILE;
+constexpr int MOST_TOKENS = TILES * TILE;
 constexpr int TILE_BYTES = 2 * TILE * GROUP;      // of both halves of a tile's tokens, in a batch
-constexpr int BATCH = MEETING * TILE_BYTES;       // of all tokens
+constexpr int BATCH = TILES * TILE_BYTES;         // of all tokens
 constexpr int TOKEN_SLOT = BATCHES * BATCH;       // of a step
 constexpr int GROUPS = BATCHES * MOST_TOKENS * 8; // beside them: what their integers count
 constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
@@ -103,7 +103,7 @@ __device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u
 }
 
 // A copier takes 16 bytes of a token's half, and of each eighth half from there on.
-template <int TILES>
+template <int T>
 __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, u32 memory_at, Tokens &ring) {
     const Meeting &meeting = *piece.meeting;
     const int thread = threadIdx.x % COPIERS, chunk = thread & 7, row = thread >> 3;
@@ -112,11 +112,11 @@ __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, 
         const int pair = of.pairs[meeting.first[tile] + (token < meeting.tokens[tile] ? token : 0)];
         return of.row_of(pair);
     };
-    u32 token_at[TILES]; // in x: of the tile's token, a half
+    u32 token_at[T]; // in x: of the tile's token, a half
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
+    for (int i = 0; i < T; i++)
         token_at[i] = (row_of_place(TILE * i + (row >> 1)) * 2 + (row & 1)) * COLUMNS + 16 * chunk;
-    const bool has_group = thread < TILE * TILES;
+    const bool has_group = thread < TILE * T;
     const float2 *const groups = of.groups + row_of_place(has_group ? thread : 0) * of.num_groups();
     const u32 token_to = memory_at + place_of(row, chunk), groups_to = memory_at + GROUPS_AT + 8 * thread;
 #pragma unroll 1
@@ -128,7 +128,7 @@ __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, 
             const i8 *const from = of.x + group * GROUP;
             const u32 to = token_to + ring.at() + batch * BATCH;
 #pragma unroll
-            for (int i = 0; i < TILES; i += 2)
+            for (int i = 0; i < T; i += 2)
                 copy_two(to + i * TILE_BYTES, from + token_at[i], from + token_at[i + 1]);
             if (has_group) copy_eight(groups_to + ring.slot * GROUPS + batch * MOST_TOKENS * 8, groups + group);
         }
@@ -200,27 +200,27 @@ template <int HALVES> struct Worker {
         pipeline<BATCHES * HALVES>(start, add_up);
     }
 
-    // L of a face, a a step of it, with TILES tiles of tokens, from the one that is the FIRST in `sums` on.
-    template <int TILES, int FIRST> __device__ __forceinline__ void multiply_own(int a, bool later_run) {
+    // L of a face, a a step of it, with T tiles of tokens, from the one that is the FIRST in `sums` on.
+    template <int T, int FIRST> __device__ __forceinline__ void multiply_own(int a, bool later_run) {
         const u32 mask = !single ? 0x03030303u : later_run ? 0x02020202u : 0x01010101u;
         const float middle = 60.f + (float)a * (single ? 0.5f : 1.5f);
         const float times = (float)a * (single && later_run ? 0.5f : 1.f);
         Words words;
         u32 l[2][16];
-        int c[2][4 * TILES];
+        int c[2][4 * T];
         load_run(words);
         auto shift_of = [](int batch) { return 4 * (batch & 1) + 2 * (batch >> 1); };
         auto start = [&](int batch) {
 #pragma unroll
             for (int i = 0; i < 16; i++) l[batch & 1][i] = words[i] & mask << shift_of(batch);
             keep_order(l[batch & 1]);
-            start_products<TILES>(c[batch & 1], l[batch & 1], operand + (batch * BATCH + FIRST * TILE_BYTES) / 16);
+            start_products<T>(c[batch & 1], l[batch & 1], operand + (batch * BATCH + FIRST * TILE_BYTES) / 16);
         };
         auto add_up = [&](int batch) {
             const float power = times / (float)(1 << shift_of(batch));
             keep_order(c[batch & 1]);
 #pragma unroll
-            for (int i = 0; i < TILES; i++) {
+            for (int i = 0; i < T; i++) {
                 const float2 one = groups[batch * MOST_TOKENS + TILE * (FIRST + i)];
                 const float counts = one.x * power, less = one.y * middle;
 #pragma unroll
@@ -244,7 +244,7 @@ template <int HALVES> struct Worker {
     }
 
     __device__ __forceinline__ void multiply_all() {
-        const uint2 all_steps = *(const uint2 *)meeting.steps, all_sizes = *(const uint2 *)meeting.sizes;
+        const Bytes steps = meeting.steps, sizes = meeting.sizes;
         const u16 *scale_at = of.scales + ((i64)meeting.slot * of.num_rows + row) * of.num_groups() + piece.first;
         const u16 *scale_below = scale_at + of.apart() * of.num_groups();
 #pragma unroll 1
@@ -261,7 +261,7 @@ template <int HALVES> struct Worker {
             const bool later_run = of.run_of(step);
 #pragma unroll 1
             for (int tile = 0; tile < 4 * HALVES; tile += 2) {
-                const int size = tile < meeting.tiles ? byte_of(all_sizes, tile) : 0, a = byte_of(all_steps, tile);
+                const int size = tile < meeting.tiles ? sizes[tile] : 0, a = steps[tile];
                 if (size == 4) {
                     multiply_own<4, 0>(a, later_run);
                     turn<2>();
@@ -270,7 +270,7 @@ template <int HALVES> struct Worker {
                     multiply_own<2, 0>(a, later_run);
                 } else if (size == 1) {
                     multiply_own<1, 0>(a, later_run);
-                    if (tile + 1 < meeting.tiles) multiply_own<1, 1>(byte_of(all_steps, tile + 1), later_run);
+                    if (tile + 1 < meeting.tiles) multiply_own<1, 1>(steps[tile + 1], later_run);
                 }
                 turn<2>();
             }
@@ -359,8 +359,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     copy_tokens<4>(of, piece, memory_at, tokens);
                 else if (tiles <= 6)
                     copy_tokens<6>(of, piece, memory_at, tokens);
-                else
+                else if (tiles <= 8)
                     copy_tokens<8>(of, piece, memory_at, tokens);
+                else
+                    copy_tokens<TILES>(of, piece, memory_at, tokens);
             });
         else if (threadIdx.x < WORKERS + COPIERS + 32)
             for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
@@ -369,10 +371,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
         for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
-            if (piece.meeting->tiles <= 4)
-                Worker<1>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
+            if (piece.meeting->tiles <= TILES - 4)
+                Worker<TILES / 4 - 1>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
             else
-                Worker<2>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
+                Worker<TILES / 4>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
         });
     }
 }

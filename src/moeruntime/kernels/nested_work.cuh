@@ -20,38 +20,45 @@ struct Unit { // tokens of one face
     int units;         // of the first one: how many there are
 };
 
-constexpr int TILE = 4;    // tokens of a face, side by side
-constexpr int MEETING = 8; // tiles of faces that meet
+constexpr int TILE = 4;        // tokens of a face, side by side
+constexpr int MOST_TILES = 12; // of faces that meet
+
+struct Bytes { // one for each tile
+    u32 words[MOST_TILES / 4];
+    // Where the bytes are in registers, which cannot be counted up.
+    __device__ __forceinline__ int operator[](int at) const {
+        const u32 word = at < 4 ? words[0] : at < 8 ? words[1] : words[2];
+        return word >> 8 * (at & 3) & 0xFF;
+    }
+    __device__ __forceinline__ void set(int at, int value) { ((u8 *)words)[at] = (u8)value; }
+};
 
 struct Meeting { // of faces of a slot that have as many private bits, in tiles
-    int face[MEETING];
-    int first[MEETING], tokens[MEETING]; // of a tile: in `pairs`, and how many from there on
-    u8 steps[MEETING];
-    u8 sizes[MEETING]; // how many tiles, from here on, are multiplied as one face's: 4, 2 or 1
+    int face[MOST_TILES];
+    int first[MOST_TILES], tokens[MOST_TILES]; // of a tile: in `pairs`, and how many from there on
+    Bytes steps;
+    Bytes sizes; // how many tiles, from here on, are multiplied as one face's: 4, 2 or 1
     int slot, bits, tiles;
     int meetings;     // of the first one: how many there are
     int cost, before; // of a step, in small units, and that of the meetings before
 };
 
-// One of eight bytes that were read together.
-__device__ __forceinline__ int byte_of(uint2 all, int at) { return (at < 4 ? all.x : all.y) >> 8 * (at & 3) & 0xFF; }
-
 constexpr int MOST_FACES = 128;
 
 // What a step of a meeting costs, in multiplied tokens and codes made ready for them.
 __device__ __forceinline__ int cost_of(const Meeting &meeting) {
-    int cost = 1 + (meeting.tiles > MEETING / 2 ? 10 : 5);
+    int cost = 1 + (meeting.tiles + 3) / 4 * 5;
     for (int tile = 0; tile < meeting.tiles; tile += meeting.sizes[tile])
         cost += meeting.sizes[tile] == 4 ? 6 : meeting.sizes[tile] + 2;
     return cost;
 }
 
 // By one block, a thread for each face. Where faces may meet, a slot's that have as many private bits and up to
-// `most_tokens` are listed in meetings, as even ones as there are. What takes four tiles of a face at once comes
-// first, then what takes two, then what takes one, so that hardly any have to part. `tokens` of any other face are a
-// unit.
+// `most_tokens` are listed in meetings of up to `meeting_tiles`, as even ones as there are. What takes four tiles of a
+// face at once comes first, then what takes two, then what takes one, so that hardly any have to part. `tokens` of any
+// other face are a unit.
 __device__ void list_units(const Face *faces, const int *counts, int num_faces, Unit *units, int num_units, int tokens,
-                           int capacity, Meeting *meetings, int most_tokens) {
+                           int capacity, Meeting *meetings, int meeting_tiles, int most_tokens) {
     __shared__ int num_of[MOST_FACES], kind_of[MOST_FACES], tiles_of[MOST_FACES], meetings_of[MOST_FACES];
     const int thread = threadIdx.x;
     for (int i = thread; i < num_units; i += MOST_FACES) units[i].tokens = 0;
@@ -75,7 +82,7 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
             peers++;
         }
     const bool meets = peers > 1; // who is alone costs less by itself
-    const int num_meetings = (all + MEETING - 1) / MEETING;
+    const int num_meetings = (all + meeting_tiles - 1) / meeting_tiles;
     num_of[thread] = meets ? 0 : (count + tokens - 1) / tokens;
     meetings_of[thread] = meets && leader == thread ? num_meetings : 0;
     __syncthreads();
@@ -101,11 +108,11 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
             const int begin = begin_of(index), end = begin_of(index + 1), in = place - begin;
             Meeting &meeting = meetings[first_meeting + index];
             meeting.face[in] = thread;
-            meeting.steps[in] = (u8)face.step;
+            meeting.steps.set(in, (int)face.step);
             meeting.first[in] = thread * capacity + min(tile * TILE, count - 1);
             meeting.tokens[in] = max(0, min(TILE, count - tile * TILE));
             const bool aligned = four && tile % 4 == 0 && in % 4 == 0 && place + 4 <= end;
-            meeting.sizes[in] = aligned ? 4 : in % 2 == 0 && (four || two) ? 2 : 1;
+            meeting.sizes.set(in, aligned ? 4 : in % 2 == 0 && (four || two) ? 2 : 1);
             if (in == 0) {
                 meeting.slot = (int)face.slot;
                 meeting.bits = (int)face.bits;

@@ -89,13 +89,20 @@ _MEASURED = {
     64: StepShapes(
         qkv=Shape(rows=64, step=128, tokens=32),
         o=Shape(rows=64, step=128, tokens=32, parts=2),
-        gate_up=Shape(rows=64, step=64, tokens=32),
+        gate_up=Shape(rows=64, step=64, tokens=32, stages=5),
         down=Shape(rows=64, step=128, tokens=32, parts=2),
         head=Shape(rows=64, step=128, tokens=32),
     ),
+    128: StepShapes(
+        qkv=Shape(rows=64, step=128, tokens=64, warps=8, stages=3),
+        o=Shape(rows=128, step=64, tokens=64, parts=2),
+        gate_up=Shape(rows=64, step=64, tokens=64),
+        down=Shape(rows=64, step=128, tokens=64, parts=2, stages=3),
+        head=Shape(rows=64, step=128, tokens=64),
+    ),
     256: StepShapes(
-        qkv=Shape(rows=64, step=128, tokens=64),
-        o=Shape(rows=128, step=64, tokens=64, parts=4, warps=8),
+        qkv=Shape(rows=128, step=64, tokens=64),
+        o=Shape(rows=128, step=64, tokens=64, parts=2),
         gate_up=Shape(rows=64, step=64, tokens=64),
         down=Shape(rows=128, step=64, tokens=64, parts=2, warps=8),
         head=Shape(rows=64, step=128, tokens=64),
