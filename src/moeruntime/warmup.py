@@ -27,5 +27,8 @@ def warm_up(engine: Engine) -> None:
     few = 2
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
     most = most_pairs(engine.device) // config.top_k  # and one more is decoded for
-    for length in (few, min(most, room), min(most + 1, room)):
+    # How many tokens a step has decides which kernels serve nested experts; none is for less than
+    # twice as many as its fewest, so doubling meets them all.
+    doubled = (few << k for k in range((most // few).bit_length()))
+    for length in sorted({min(length, room) for length in (*doubled, most, most + 1)}):
         engine.generate([Request(name, [0] * length, sampled) for name in names])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moeruntime import Engine, Request, SamplingParams
+from moeruntime import Engine, Request, SamplingParams, synthetic
+from moeruntime.kernels import nvrtc
 from moeruntime.synthetic import SyntheticSource
 from moeruntime.warmup import warm_up
 
@@ -58,4 +60,33 @@ def test_nothing_is_compiled_or_captured_once_warm(
                 engine.step()
         while not engine.scheduler.idle:
             engine.step()
+        assert compiled == []
+
+
+@pytest.mark.parametrize("num_variants", [1, 3])
+def test_no_kernel_of_nested_experts_is_compiled_once_warm(
+    monkeypatch: pytest.MonkeyPatch, num_variants: int
+) -> None:
+    # The least that the fast kernels serve; they are compiled by another compiler than Triton's.
+    config = synthetic._scaled(hidden=1024, inner=2048, layers=1, vocab=512, context=4096)
+    monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "fast", config)
+    source = SyntheticSource("fast", num_variants=num_variants, code="4+2")
+    nvrtc._loaded.cache_clear()  # whatever other tests left there
+    with Engine(source, device="cuda", max_sequences=8) as engine:
+        warm_up(engine)
+        compile_file = nvrtc._compile
+        compiled: list[dict[str, int]] = []
+
+        def note(path: Path, defines: dict[str, int], capability: tuple[int, int]) -> bytes:
+            compiled.append(defines)
+            return compile_file(path, defines, capability)
+
+        monkeypatch.setattr(nvrtc, "_compile", note)
+        assert nvrtc._loaded.cache_info().currsize > 3, "nothing was compiled: not what is meant"
+        rng = random.Random(2)
+        for length in (*range(1, 40), *range(40, 1100, 23)):
+            names = [f"v{idx}" for idx in range(num_variants)]
+            some = rng.sample(names, rng.randint(1, num_variants))
+            params = SamplingParams(max_tokens=2)
+            engine.generate([Request(name, [1] * length, params) for name in some])
         assert compiled == []
