@@ -45,6 +45,8 @@ struct Meeting { // of faces of a slot that have as many private bits, in tiles
 
 constexpr int MOST_FACES = 128;
 
+static_assert(sizeof(Unit) <= 4 * 48 && sizeof(Meeting) <= 4 * 48, "UNIT_WORDS of face_parts.py");
+
 // What a step of a meeting costs, in multiplied tokens and codes made ready for them.
 __device__ __forceinline__ int cost_of(const Meeting &meeting) {
     int cost = 1 + (meeting.tiles + 3) / 4 * 5;
