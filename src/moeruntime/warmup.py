@@ -27,8 +27,10 @@ def warm_up(engine: Engine) -> None:
     few = 2
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
     most = most_pairs(engine.device) // config.top_k  # and one more is decoded for
-    # How many tokens a step has decides which kernels serve nested experts; none is for less than
-    # twice as many as its fewest, so doubling meets them all.
-    doubled = (few << k for k in range((most // few).bit_length()))
-    for length in sorted({min(length, room) for length in (*doubled, most, most + 1)}):
+    lengths = {few, most, most + 1}
+    if engine.source.manifest.nested is not None:
+        # How many tokens a step has decides which kernels serve nested experts; none is for less
+        # than twice as many as its fewest, so doubling meets them all.
+        lengths |= {few << k for k in range((most // few).bit_length())}
+    for length in sorted({min(length, room) for length in lengths}):
         engine.generate([Request(name, [0] * length, sampled) for name in names])

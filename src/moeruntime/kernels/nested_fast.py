@@ -197,11 +197,16 @@ def _fitting(part: FacePart, cut: Cut) -> Cut:
     return cut
 
 
+def _step_bytes(tokens: int) -> int:
+    """Of both halves of some tokens in a step's four groups, and what their integers count."""
+    return 4 * tokens * (2 * GROUP + 8)
+
+
 def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
     """Of a program of `nested_many`: stages of its ring, and shared bytes in all."""
     own = 0 if part.num_planes == 0 else 2 if part.wide else 1
     codes = (2 + own + (part.num_planes == 2)) * MANY_ROWS * GROUP
-    stage = codes + 4 * cut.tokens * (2 * GROUP + 8) + BARRIER_BYTES
+    stage = codes + _step_bytes(cut.tokens) + BARRIER_BYTES
     sums = 4 * MANY_ROWS * (cut.tokens + 1)
     stages = min(MAX_STAGES, (MAX_SHARED_BYTES - sums) // stage)
     return stages, stages * stage + sums
@@ -209,8 +214,7 @@ def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
 
 def _meeting_rings(cut: Cut) -> tuple[int, int]:
     """Of a program of `nested_meetings`: slots of codes, as many as fit, and shared bytes."""
-    # Both halves of a step's tokens, and what their integers count.
-    token_slot = 4 * TILE * cut.meeting * (2 * GROUP + 8) + BARRIER_BYTES
+    token_slot = _step_bytes(TILE * cut.meeting) + BARRIER_BYTES
     code_slot = MEETING_ROWS * GROUP + BARRIER_BYTES
     rest = TOKEN_SLOTS * token_slot + 16  # and a number
     code_slots = (MAX_SHARED_BYTES - rest) // code_slot

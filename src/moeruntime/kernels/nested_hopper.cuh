@@ -77,57 +77,30 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
 // c (+)= rows [64, 32] in registers times tokens' halves [32, 8 T] in shared memory.
 template <int T> struct Product;
 
+// An instruction's operands have numbers: first come those of c, then a's four, b and `add`.
+#define FIRST_4 "%0,%1,%2,%3"
+#define FIRST_8 FIRST_4 ",%4,%5,%6,%7"
+#define FIRST_16 FIRST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define FIRST_32 FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FIRST_48 FIRST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define C4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
-#define REST "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add)
+#define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
 
-template <> struct Product<1> {
-    static __device__ __forceinline__ void start(int (&c)[4], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %9, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n8k32.s32.u8.s8 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p;}"
-                     : C4(0)
-                     : REST);
+#define PRODUCT(T, COLUMNS, C, A, B, ADD, ...)                                                                       \
+    template <> struct Product<T> {                                                                                  \
+        static __device__ __forceinline__ void start(int (&c)[4 * T], const u32 *a, u64 b, int add) {                \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0;\n"                                               \
+                         "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k32.s32.u8.s8 {" C "}, {" A "}, " B ", p;}"    \
+                         : __VA_ARGS__                                                                               \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                            \
+        }                                                                                                            \
     }
-};
-template <> struct Product<2> {
-    static __device__ __forceinline__ void start(int (&c)[8], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7},"
-                     "{%8,%9,%10,%11}, %12, p;}"
-                     : C4(0), C4(4)
-                     : REST);
-    }
-};
-template <> struct Product<4> {
-    static __device__ __forceinline__ void start(int (&c)[16], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
-                     "%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p;}"
-                     : C4(0), C4(4), C4(8), C4(12)
-                     : REST);
-    }
-};
-template <> struct Product<8> {
-    static __device__ __forceinline__ void start(int (&c)[32], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
-                     "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                     "%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p;}"
-                     : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28)
-                     : REST);
-    }
-};
 
-template <> struct Product<12> {
-    static __device__ __forceinline__ void start(int (&c)[48], const u32 *a, u64 b, int add) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %53, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,"
-                     "%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"
-                     "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,"
-                     "%40,%41,%42,%43,%44,%45,%46,%47}, {%48,%49,%50,%51}, %52, p;}"
-                     : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36), C4(40), C4(44)
-                     : REST);
-    }
-};
+PRODUCT(1, "8", FIRST_4, "%4,%5,%6,%7", "%8", "%9", C4(0));
+PRODUCT(2, "16", FIRST_8, "%8,%9,%10,%11", "%12", "%13", C4(0), C4(4));
+PRODUCT(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", C16(0));
+PRODUCT(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", C16(0), C16(16));
+PRODUCT(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", C16(0), C16(16), C16(32));
 
 __device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
