@@ -92,7 +92,7 @@ def main() -> None:
                 x = torch.randn(batch, H, device=DEVICE)
                 inner = torch.empty(batch * K, I, device=DEVICE)
                 out = torch.empty(batch * K, 1, H, device=DEVICE)
-                scratch = ByteRows(batch, K, H, I, DEVICE)
+                scratch = ByteRows(lists, batch, H, I)
                 best: list[tuple[float, Cut]] = []
                 chosen = Cut.of(batch * K, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
                 for cut in dict.fromkeys(

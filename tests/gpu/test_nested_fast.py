@@ -109,7 +109,7 @@ class Step:
         self.weights_TK = torch.rand(num_tokens, TOP_K, device=DEVICE)
         self.lists = FaceLists.of(self.chosen_TK, self.weights_TK, len(faces))
         self.x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
-        self.scratch = ByteRows(num_tokens, TOP_K, HIDDEN, INNER, DEVICE)
+        self.scratch = ByteRows(self.lists, num_tokens, HIDDEN, INNER)
 
     def run(self, cut: Cut | None) -> tuple[Tensor, Tensor]:
         """What gate_up and down make, of places that were poisoned."""

@@ -64,6 +64,12 @@ struct Step {
         for (std::thread &thread : threads) thread.join();
     }
     int num_meetings() const { return most_tokens ? meetings[0].meetings : 0; }
+    // Which of all tiles holds a face's token.
+    int tile_of(int face, int token) const {
+        int tiles = 0;
+        for (int other = 0; other < face; other++) tiles += (counts[other] + TILE - 1) / TILE;
+        return tiles + token / TILE;
+    }
     bool has(int face, int first, int count) const {
         return first >= face * CAPACITY && first + count <= face * CAPACITY + counts[face];
     }
@@ -75,6 +81,7 @@ void check_lists(const Step &step, int round) {
         const Unit &unit = step.units[i];
         if (unit.tokens < 1 || unit.tokens > step.tokens) fail(round, "a unit's tokens");
         if (!step.has(unit.face, unit.first, unit.tokens)) fail(round, "a unit has others' tokens");
+        if (unit.tile != step.tile_of(unit.face, unit.first % Step::CAPACITY)) fail(round, "where a unit's tokens lie");
         for (int k = 0; k < unit.tokens; k++) times[unit.first + k]++;
     }
     int before = 0;
@@ -84,12 +91,14 @@ void check_lists(const Step &step, int round) {
         if (meeting.before != before || meeting.cost < 1) fail(round, "costs");
         before += meeting.cost;
         for (int tile = 0; tile < meeting.tiles; tile++) {
-            const int face = meeting.face[tile], tokens = meeting.tokens[tile];
+            const int face = meeting.faces[tile], tokens = meeting.tokens[tile];
             const Face &one = step.faces[face];
             if (one.slot != meeting.slot || one.bits != meeting.bits) fail(round, "who meets is not alike");
             if (one.step != meeting.steps[tile] || step.counts[face] > step.most_tokens) fail(round, "a face");
             if (tokens < 0 || tokens > TILE || !step.has(face, meeting.first[tile], max(tokens, 1)))
                 fail(round, "a tile's tokens");
+            if (tokens && meeting.tile[tile] != step.tile_of(face, meeting.first[tile] % Step::CAPACITY))
+                fail(round, "where a tile's tokens lie");
             for (int k = 0; k < tokens; k++) times[meeting.first[tile] + k]++;
         }
         for (int tile = 0; tile < meeting.tiles; tile += meeting.sizes[tile]) {
@@ -97,7 +106,8 @@ void check_lists(const Step &step, int round) {
             if (size != 1 && size != 2 && size != 4) fail(round, "a size");
             if (tile % size || tile + size > meeting.tiles) fail(round, "where tiles of one face lie");
             for (int k = 1; k < size; k++)
-                if (meeting.face[tile + k] != meeting.face[tile]) fail(round, "tiles of two faces as of one");
+                if (meeting.faces[tile + k] != meeting.faces[tile] || meeting.tile[tile + k] != meeting.tile[tile] + k)
+                    fail(round, "tiles of two faces as of one");
             if (size == 1 && tile % 2 == 0 && tile + 1 < meeting.tiles && meeting.sizes[tile + 1] != 1)
                 fail(round, "beside one tile there is one, or none");
         }

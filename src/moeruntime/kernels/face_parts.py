@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode
+from moeruntime.kernels.face_lists import FaceLists
 
 __all__ = [
     "GROUP",
@@ -165,21 +166,21 @@ class ByteRows:
     """What `nested_fast` makes of activations before it multiplies them, and its list of work.
 
     Attributes:
-        values: int8; rows of columns, first each value's upper byte, then its lower one.
+        values: int8; each value's upper and lower byte, as `nested_halves.cu` says they lie.
         groups: float32; for each group of a row what one of its integers counts, and their sum.
         units: int32; what a program has to know of every unit.
         partial, arrived: float32, int32; where two programs of `nested_meetings.cu` meet.
     """
 
-    def __init__(
-        self, num_tokens: int, top_k: int, hidden: int, inner: int, device: torch.device
-    ) -> None:
+    def __init__(self, lists: FaceLists, num_tokens: int, hidden: int, inner: int) -> None:
         """Allocate enough for the inputs of gate_up and of down, one after the other."""
-        columns = max(num_tokens * hidden, num_tokens * top_k * inner)
-        most_units = num_tokens * top_k
+        device = lists.weights_TK.device
+        num_pairs = num_tokens * lists.weights_TK.shape[1]
+        # In tiles, and one more: a tile of a meeting that is empty is copied, from wherever it is.
+        columns = TILE * (lists.num_tiles(num_pairs, TILE) + 1) * max(hidden, inner)
         self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
         self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
-        self.units = torch.empty(2 * UNIT_WORDS * most_units, dtype=torch.int32, device=device)
+        self.units = torch.empty(2 * UNIT_WORDS * num_pairs, dtype=torch.int32, device=device)
         sums = 2 * MOST_PROGRAMS * MEETING_ROWS * TILE * LARGE_MEETING
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
         self.arrived = torch.empty(MOST_PROGRAMS, dtype=torch.int32, device=device)

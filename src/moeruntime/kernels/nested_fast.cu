@@ -5,8 +5,8 @@
 //
 //     sum over groups of u (sum (8 H + a L) x - m sum x)
 //
-// and the matrix units add up integers, if x is made of integers too. `halves` splits a run of 128
-// values into integers of 15 bits and one scale, and these into two signed bytes; both halves of four
+// and the matrix units add up integers, if x is made of integers too. `nested_halves.cu` splits a run of
+// 128 values into integers of 15 bits and one scale, and these into two signed bytes; both halves of four
 // tokens are the eight columns of a matrix instruction. Every sum is exact.
 //
 // With J = columns / 8, byte j of run q < 4 of a 4-bit plane holds columns q J + j and (q + 4) J + j, its
@@ -26,52 +26,6 @@
 
 #include "nested.cuh"
 
-// The first blocks split x into halves [rows, 2, columns] and, for each group of columns, what one of
-// its integers counts and their sum. The last block lists the units, `tokens` of a face each, and the meetings
-// of faces of up to `most_tokens`, and where these are cut nobody has arrived.
-extern "C" __global__ void __launch_bounds__(MOST_FACES)
-    halves(const float *__restrict__ x, i8 *__restrict__ out, float2 *__restrict__ groups, int num_groups,
-           int groups_a_row, const Face *__restrict__ faces, const int *__restrict__ counts, int num_faces,
-           Unit *__restrict__ units, int num_units, int tokens, int capacity, int transposed,
-           Meeting *__restrict__ meetings, int meeting_tiles, int most_tokens, int *__restrict__ arrived, int num_cuts) {
-    begin();
-    const int thread = threadIdx.x, lane = thread & 31;
-    if (blockIdx.x + 1 == gridDim.x) {
-        for (int i = thread; i < num_cuts; i += MOST_FACES) arrived[i] = 0;
-        list_units(faces, counts, num_faces, units, num_units, tokens, capacity, meetings, meeting_tiles,
-                   most_tokens);
-        return;
-    }
-    const int group = blockIdx.x * (MOST_FACES / 32) + (thread >> 5);
-    if (group >= num_groups) return;
-    const float4 v = ((const float4 *)(x + (i64)group * GROUP))[lane];
-    float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-#pragma unroll
-    for (int far = 16; far; far >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));
-    const float limit = 127.f * 128.f, times = most > 0.f ? limit / most : 0.f;
-    const float values[4] = {v.x, v.y, v.z, v.w};
-    u32 high = 0, low = 0;
-    int sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int whole = __float2int_rn(values[i] * times), upper = (whole + 64) >> 7;
-        high |= (u32)(upper & 0xFF) << 8 * i;
-        low |= (u32)((whole - 128 * upper) & 0xFF) << 8 * i;
-        sum += whole;
-    }
-#pragma unroll
-    for (int far = 16; far; far >>= 1) sum += __shfl_xor_sync(~0u, sum, far);
-    const int row = group / groups_a_row, at = group % groups_a_row;
-    u32 *const to = (u32 *)(out + (2 * row * (i64)groups_a_row + at) * GROUP);
-    const int word = transposed ? (lane & 16) | (lane & 3) << 2 | (lane >> 2 & 3) : lane;
-    to[word] = high;
-    to[groups_a_row * (GROUP / 4) + word] = low;
-    const float one = most / limit;
-    if (lane == 0) groups[group] = make_float2(one, one * (float)sum);
-}
-
-#ifdef TILES
-
 constexpr int ROWS = 32, WARPS = 4, TOKENS = 4 * TILES, STAGES = 2;
 constexpr bool JOINED = TILES > 1;                 // 8 H + a L is put together
 constexpr int SUMS = JOINED ? 1 : 1 + PLANES;
@@ -79,6 +33,10 @@ constexpr int RUN = ROWS * GROUP;                  // bytes of a run of codes in
 constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 4 : 2; // runs of the first private plane
 constexpr int STAGE = RUN * (4 + OWN + (PLANES == 2));
 constexpr int WARPS_AT_ONCE = TILES == 1 ? 16 : TILES == 2 ? 12 : 8; // on a multiprocessor
+
+__device__ __forceinline__ void copy_ahead(u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
 
 struct Words { // of a plane, 16 bytes of row g and of row g + 8, as two products want them
     uint4 top, bottom;
@@ -316,5 +274,3 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
         }
     }
 }
-
-#endif

@@ -35,6 +35,7 @@ from moeruntime.kernels.tensor_maps import MAP_BYTES, NO_MAP, encode_map
 __all__ = ["down", "gate_up", "most_pairs", "with_maps"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
+HALVES_SOURCE = SOURCE.with_name("nested_halves.cu")
 MANY_SOURCE = SOURCE.with_name("nested_many.cu")
 MEETINGS_SOURCE = SOURCE.with_name("nested_meetings.cu")
 
@@ -117,16 +118,18 @@ def _launch(
     cut = cut or Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
     cut = _fitting(part, cut)
     num_units = lists.num_tiles(num_pairs, cut.tokens)
-    num_groups = x.numel() // GROUP
+    num_tiles = lists.num_tiles(num_pairs, TILE)
+    num_rows = TILE * num_tiles if cut.many else len(x)  # that become integers
     most_to_meet = cut.meet if part.may_meet else 0
     meetings = scratch.units[len(scratch.units) // 2 :]
-    compile_kernel(SOURCE, "halves", ())(
-        (-(-num_groups // 4) + 1, 1, 1),
+    groups_a_row = part.num_columns // GROUP
+    compile_kernel(HALVES_SOURCE, "halves", (("TILED", int(cut.many)),))(
+        (-(-num_rows * groups_a_row // 4) + 1, 1, 1),
         128,
         (
-            x, scratch.values, scratch.groups, num_groups, part.num_columns // GROUP,
-            part.faces_F6, lists.counts_LF[layer], num_faces,
-            scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2], int(cut.many),
+            x, scratch.values, scratch.groups, num_rows, groups_a_row, num_pairs // len(x),
+            part.faces_F6, lists.counts_LF[layer], lists.pairs_LFC[layer], num_faces,
+            scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2],
             meetings, cut.meeting, most_to_meet,
             scratch.arrived, len(scratch.arrived) if most_to_meet else 0,
         ),
@@ -139,12 +142,12 @@ def _launch(
         "WIDE": int(part.wide),
     }
 
-    def arguments(codes: Tensor | None, units: Tensor) -> tuple[Tensor | int, ...]:
-        assert codes is not None  # `with_maps` makes maps on a Hopper device
+    def of_tiles(units: Tensor) -> tuple[Tensor | int, ...]:
+        assert part.maps is not None  # `with_maps` makes them on a Hopper device
         return (
-            scratch.values, scratch.groups, codes, part.scale_SRG,
+            scratch.values, scratch.groups, num_tiles, part.maps, part.scale_SRG,
             lists.pairs_LFC[layer], units, lists.weights_TK, out,
-            part.num_rows, part.num_columns, lists.weights_TK.shape[1],
+            part.num_rows, part.num_columns,
         )  # fmt: skip
 
     if most_to_meet:
@@ -159,7 +162,7 @@ def _launch(
         compile_kernel(MEETINGS_SOURCE, "nested_meetings", tuple(of_meetings.items()))(
             (min(num_multiprocessors, MOST_PROGRAMS), 1, 1),
             MEETING_THREADS,
-            (*arguments(part.maps, meetings), scratch.partial, scratch.arrived),
+            (*of_tiles(meetings), scratch.partial, scratch.arrived),
             shared_bytes=shared_bytes,
         )
     if cut.many:
@@ -168,7 +171,7 @@ def _launch(
         compile_kernel(MANY_SOURCE, "nested_many", (*defines.items(), ("STAGES", stages)))(
             (min(most_work, num_multiprocessors), 1, 1),
             MANY_THREADS,
-            arguments(part.maps, scratch.units),
+            of_tiles(scratch.units),
             shared_bytes=shared_bytes,
         )
         return
@@ -176,9 +179,13 @@ def _launch(
     compile_kernel(SOURCE, "nested", tuple(defines.items()))(
         (num_units, part.num_rows // (ROWS * turns), 1),
         32 * WARPS,
-        (*arguments(part.planes[4], scratch.units), turns),
+        (
+            scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
+            lists.pairs_LFC[layer], scratch.units, lists.weights_TK, out,
+            part.num_rows, part.num_columns, lists.weights_TK.shape[1], turns,
+        ),
         shared_bytes=_shared_bytes(part, cut, turns),
-    )
+    )  # fmt: skip
 
 
 def _shared_bytes(part: FacePart, cut: Cut, turns: int) -> int:

@@ -1,20 +1,13 @@
-// What the kernels of nested experts for Hopper devices have in common: how warps that copy and warps that
-// multiply wait for each other, and how a step goes through the columns.
+// What the kernels of nested experts for Hopper devices have in common: how the thread that has things copied and
+// warps that multiply wait for each other, how a step goes through the columns, and how tokens lie.
 #pragma once
 #include "nested.cuh"
-
-__device__ __forceinline__ void copy_eight(u32 to, const void *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from));
-}
 
 __device__ __forceinline__ void init_barrier(u32 at, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 __device__ __forceinline__ void arrive(u32 at) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-__device__ __forceinline__ void arrive_with_copies(u32 at) { // when this thread's copies so far are there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
 __device__ __forceinline__ void await_phase(u32 at, u32 parity) {
     asm volatile("{.reg .pred done;\n"
@@ -46,6 +39,12 @@ __device__ __forceinline__ void copy_box(u32 to, const Map *map, int column, int
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
+// A run of bytes, of a multiple of 16.
+__device__ __forceinline__ void copy_bytes(u32 to, const void *from, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 
 // Where a chunk of 16 bytes of a row of 128 lies: in other banks than those of rows beside it.
 __device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ row & 7); }
@@ -69,9 +68,33 @@ __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int a
     }
 }
 
-// Of an operand in shared memory: rows of 128 bytes, 16-byte chunks of eight rows exchanged by their number.
+constexpr int BATCHES = 4;
+constexpr int TILE_BYTES = 2 * TILE * GROUP;       // of a batch: rows of 128 columns of a token's upper, then lower half
+constexpr int TILE_STEP = BATCHES * TILE_BYTES;    // of a step
+constexpr int TILE_GROUPS = BATCHES * TILE * 8;    // beside them: what tokens' integers count, and their sums
+
+// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
+// fields for both, is read once: with two fields a byte, 4 batches of 128 columns.
+struct Columns {
+    int num_columns;
+    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
+    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
+    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
+    // Which 128 columns a batch of a step is of.
+    __device__ __forceinline__ int group_of(int step, int batch) const {
+        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
+    }
+    // And where some are.
+    __device__ __forceinline__ int step_of(int group) const { return group % pieces() * 2 + (group / pieces() & 1); }
+    __device__ __forceinline__ int batch_of(int group) const {
+        const int run = group / pieces();
+        return (run & 2) + (run >> 2);
+    }
+};
+
+// Of tokens in shared memory: tiles of eight rows of 128 bytes, whose chunks are exchanged as `place_of` says.
 __device__ __forceinline__ u64 descriptor(u32 at) {
-    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(TILE_STEP >> 4) << 32 | 1ull << 62;
 }
 
 // c (+)= rows [64, 32] in registers times tokens' halves [32, 8 T] in shared memory.
@@ -135,40 +158,28 @@ template <int COUNT, class Start, class AddUp> __device__ __forceinline__ void p
 // What both halves of a token make, in units of the lower one.
 __device__ __forceinline__ float whole(const int *halves) { return (float)(128 * halves[0] + halves[1]); }
 
-// What was copied to shared memory is read by products, which have another way there.
-__device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // Those that multiply, and nobody who copies.
 template <int COUNT> __device__ __forceinline__ void await_threads() {
     asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
 }
 
-constexpr int BATCHES = 4;
-
-// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
-// fields for both, is read once: with two fields a byte, 4 batches of 128 columns.
-struct Columns {
-    int num_columns;
-    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
-    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
-    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
-    // Which 128 columns a batch of a step is of.
-    __device__ __forceinline__ int group_of(int step, int batch) const {
-        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
-    }
-};
-
 struct Arguments : Columns { // of a kernel
-    const i8 *x;
+    const u8 *x; // as `halves` of nested_halves.cu has it, with room for so many tiles
     const float2 *groups;
+    int num_tiles;
     const Map *maps;
     const u16 *scales;
     const int *pairs;
     const float *weights;
     float *out;
-    int num_rows, top_k;
-    // Of x: which token, or what was made of one, a pair is about.
-    __device__ __forceinline__ int row_of(int pair) const { return GATE_UP ? pair / top_k : pair; }
+    int num_rows;
+    // Tokens of `count` tiles, and what they count, in a step.
+    __device__ __forceinline__ void copy_tiles(int step, int tile, int count, u32 tokens_to, u32 groups_to,
+                                               u32 barrier) const {
+        const i64 at = (i64)step * num_tiles + tile;
+        copy_bytes(tokens_to, x + at * TILE_STEP, count * TILE_STEP, barrier);
+        copy_bytes(groups_to, (const u8 *)groups + at * TILE_GROUPS, count * TILE_GROUPS, barrier);
+    }
 };
 
 __device__ __forceinline__ float scale_from(u16 bits) { return __uint_as_float((u32)bits << 16); }

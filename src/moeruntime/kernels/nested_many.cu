@@ -9,11 +9,10 @@
 //
 // A batch of a step (`Columns`) is four products of 64 rows and 32 columns a warpgroup.
 //
-// There is a block for every multiprocessor. One warpgroup copies steps into a ring, of one piece of work
-// after the other, codes through the copy engine; two multiply, and never wait for each other but to put gate
-// and up together. Tried and no faster: tokens fetched once for a cluster of blocks; two smaller blocks a
-// multiprocessor; a slot's shared codes fetched once for all of its faces, or put together with the private
-// codes of four faces one after the other; only the tokens that there are, in place of whole tiles. H and L
+// There is a block for every multiprocessor. One thread has steps copied into a ring by the copy engine, of one
+// piece of work after the other; two warpgroups multiply, and never wait for each other but to put gate and up
+// together. Tried and no faster: two smaller blocks a multiprocessor; a slot's shared codes fetched once for all
+// of its faces, or put together with the private codes of four faces one after the other. H and L
 // multiplied by themselves, H with the tokens of four faces at once, is an eighth faster for about four
 // tokens of each, and slower for more or for one face. In field 1 H could be used where it lies, if twice
 // the sum fitted a byte: it does not, as it may be 134.
@@ -24,13 +23,12 @@
 #include "nested_hopper.cuh"
 
 constexpr int ROWS = 128;
-constexpr int COPIERS = 128, WORKERS = 256, WARPS = WORKERS / 32;
-constexpr int MOST_TOKENS = 4 * TILES;
+constexpr int WORKERS = 256, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
 constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a stage
 constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private plane
 constexpr int TOKENS_AT = RUN * (2 + OWN + (PLANES == 2));
-constexpr int STAGE = TOKENS_AT + BATCHES * 2 * MOST_TOKENS * GROUP; // a multiple of what a descriptor wants
-constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = BATCHES * MOST_TOKENS * 8; // what tokens' integers count
+constexpr int STAGE = TOKENS_AT + TILES * TILE_STEP; // a multiple of what a descriptor wants
+constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = TILES * TILE_GROUPS;
 constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES, SUMS_AT = EMPTY_AT + 8 * STAGES;
 
 struct Ring { // the stage that is next, and how often the ring went round
@@ -42,7 +40,7 @@ struct Ring { // the stage that is next, and how often the ring went round
 };
 
 // Tiles of the narrowest program that holds so many tokens.
-__device__ __forceinline__ int tiles_for(int tokens) { return tokens > 32 ? 12 : tokens > 16 ? 8 : tokens > 8 ? 4 : 2; }
+__device__ __forceinline__ int width_for(int tokens) { return tokens > 32 ? 12 : tokens > 16 ? 8 : tokens > 8 ? 4 : 2; }
 
 struct Step : Arguments {
     // The second 64 rows of a block are so far from the first.
@@ -50,69 +48,34 @@ struct Step : Arguments {
     __device__ __forceinline__ int first_row(int tile) const { return tile * (GATE_UP ? ROWS / 2 : ROWS); }
 };
 
-// One copier has codes copied by the copy engine. All of them copy tokens: 16 bytes of half `thread / 8`, and of each
-// 16th further down.
-__device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int tile, u32 ring_at, Ring &ring) {
-    constexpr int APART = COPIERS / 8;
-    const int thread = threadIdx.x - WORKERS, chunk = thread & 7, row = thread >> 3;
+// One thread: all that a piece of work needs.
+__device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int row_tile, u32 ring_at, Ring &ring) {
     const int bits = unit.bits, J = of.num_columns / 8, tiles = tiles_for(unit.tokens);
     const bool second = PLANES > 1 && bits == 3; // private plane
     const int own_runs = PLANES == 0 || bits == 0 ? 0 : WIDE && bits == 4 ? 2 : 1;
+    const int own_row = of.first_row(row_tile), shared_row = unit.slot * of.num_rows + own_row;
     const Map *const own = own_map(of.maps, unit.face, bits), *const own1 = own_map(of.maps, unit.face, 1);
-    auto copy_run = [&](u32 to, const Map *map, int column, int first_row, u32 full) {
-#pragma unroll
-        for (int i = 0; i < ROWS / BOX_ROWS; i++) {
-            const int down = i * BOX_ROWS < ROWS / 2 ? i * BOX_ROWS : of.apart() + i * BOX_ROWS - ROWS / 2;
-            copy_box(to + i * BOX_ROWS * GROUP, map, column, first_row + down, full);
-        }
-    };
-    auto row_of_pair = [&](int token) {
-        return of.row_of(of.pairs[unit.first + (token < unit.tokens ? token : 0)]);
-    };
-    int token_at[MOST_TOKENS * 2 / APART]; // in x
-#pragma unroll
-    for (int i = 0; i < MOST_TOKENS * 2 / APART; i++)
-        if (i < tiles * 8 / APART)
-            token_at[i] = (row_of_pair((row + APART * i) >> 1) * 2 + (row & 1)) * of.num_columns + 16 * chunk;
-    const u32 token_to = ring_at + TOKENS_AT + place_of(row, chunk);
-    constexpr int GROUP_COPIES = (BATCHES * MOST_TOKENS + COPIERS - 1) / COPIERS;
-    int group_at[GROUP_COPIES];
-#pragma unroll
-    for (int i = 0; i < GROUP_COPIES; i++)
-        group_at[i] = row_of_pair((thread + COPIERS * i) % (4 * tiles)) * of.num_groups();
-
+    const int bytes = (2 + own_runs + second) * RUN + tiles * (TILE_STEP + TILE_GROUPS);
     const int steps = of.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
         await_phase(ring_at + EMPTY_AT + 8 * ring.stage, ring.parity ^ 1);
-        const u32 stage = ring.stage * STAGE;
-        if (thread == 0) {
-            const int p = step & 1, j = (step >> 1) * GROUP, own_row = of.first_row(tile);
-            const int shared_row = unit.slot * of.num_rows + own_row;
-            const u32 full = ring_at + FULL_AT + 8 * ring.stage, to = ring_at + stage;
-            arrive_expecting(full, (2 + own_runs + second) * RUN);
-            copy_run(to, of.maps, p * J + j, shared_row, full);
-            copy_run(to + RUN, of.maps, (p + 2) * J + j, shared_row, full);
-            if (own_runs) copy_run(to + 2 * RUN, own, (bits == 1 ? 0 : p * J) + j, own_row, full);
-            if (own_runs == 2) copy_run(to + 3 * RUN, own, (p + 2) * J + j, own_row, full);
-            if (second) copy_run(to + (2 + OWN) * RUN, own1, j, own_row, full);
-        }
+        const u32 full = ring_at + FULL_AT + 8 * ring.stage, to = ring_at + ring.stage * STAGE;
+        const int p = step & 1, j = (step >> 1) * GROUP;
+        auto copy_run = [&](int run, const Map *map, int column, int first_row) {
 #pragma unroll
-        for (int batch = 0; batch < BATCHES; batch++) {
-            const i8 *const from = of.x + of.group_of(step, batch) * GROUP;
-            const u32 to = token_to + stage + batch * tiles * 8 * GROUP;
-#pragma unroll
-            for (int i = 0; i < MOST_TOKENS * 2 / APART; i++)
-                if (i < tiles * 8 / APART) copy_ahead(to + i * (APART * GROUP), from + token_at[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < GROUP_COPIES; i++) {
-            const int place = thread + COPIERS * i;
-            if (place < BATCHES * 4 * tiles)
-                copy_eight(ring_at + GROUPS_AT + ring.stage * GROUPS + place * 8,
-                           of.groups + group_at[i] + of.group_of(step, place / (4 * tiles)));
-        }
-        arrive_with_copies(ring_at + FULL_AT + 8 * ring.stage);
+            for (int i = 0; i < ROWS / BOX_ROWS; i++) {
+                const int down = i * BOX_ROWS < ROWS / 2 ? i * BOX_ROWS : of.apart() + i * BOX_ROWS - ROWS / 2;
+                copy_box(to + run * RUN + i * BOX_ROWS * GROUP, map, column, first_row + down, full);
+            }
+        };
+        arrive_expecting(full, bytes);
+        copy_run(0, of.maps, p * J + j, shared_row);
+        if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j, own_row);
+        of.copy_tiles(step, unit.tile, tiles, to + TOKENS_AT, ring_at + GROUPS_AT + ring.stage * GROUPS, full);
+        if (second) copy_run(2 + OWN, own1, j, own_row);
+        copy_run(1, of.maps, (p + 2) * J + j, shared_row);
+        if (own_runs == 2) copy_run(3, own, (p + 2) * J + j, own_row);
         ring.advance();
     }
 }
@@ -120,7 +83,7 @@ __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int t
 template <int T>
 __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, int row_tile, u8 *memory, u32 ring_at,
                                              Ring &ring) {
-    constexpr int TOKENS = 4 * T, N = 8 * T; // a token's halves are two columns
+    constexpr int TOKENS = TILE * T;
     const int thread = threadIdx.x, lane = thread & 31, t = lane & 3;
     // Of the block's rows; and the row 8 further down. Eight lanes that read at once have chunks in different banks.
     const int mine = 16 * (thread >> 5) + (lane >> 3 | (lane & 4));
@@ -140,8 +103,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
 #pragma unroll 1
     for (int at_step = 0; at_step < steps; at_step++) {
         await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
-        fence_for_products();
-        u16 scale_of[BATCHES][2]; // asked for after the fence, which waits for whatever was asked for before
+        u16 scale_of[BATCHES][2];
 #pragma unroll
         for (int i = 0; i < 2 * BATCHES; i++)
             scale_of[i >> 1][i & 1] = __ldg(scale_at + of.group_of(at_step, i >> 1) + 8 * (i & 1) * num_groups);
@@ -170,7 +132,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
                 a[batch & 1][i] = code;
             }
             start_products<T>(c[batch & 1], a[batch & 1],
-                              descriptor(ring_at + ring.stage * STAGE + TOKENS_AT + batch * N * GROUP));
+                              descriptor(ring_at + ring.stage * STAGE + TOKENS_AT + batch * TILE_BYTES));
         };
         auto add_up = [&](int batch) {
             int(&found)[4 * T] = c[batch & 1];
@@ -180,7 +142,7 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
             for (int below = 0; below < 2; below++) u[below] = scale_from(scale_of[batch][below]);
 #pragma unroll
             for (int tile = 0; tile < T; tile++) {
-                const float2 one = groups_here[batch * TOKENS + 4 * tile];
+                const float2 one = groups_here[(tile * BATCHES + batch) * TILE];
                 const float less = one.y * middle;
 #pragma unroll
                 for (int below = 0; below < 2; below++)
@@ -215,41 +177,43 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WORKERS + COPIERS, 1)
-    nested_many(const i8 *__restrict__ x, const float2 *__restrict__ groups, const Map *__restrict__ maps,
-                const u16 *__restrict__ scales, const int *__restrict__ pairs, const Unit *__restrict__ units,
-                const float *__restrict__ weights, float *__restrict__ out, int num_rows, int num_columns, int top_k) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    nested_many(const u8 *__restrict__ x, const float2 *__restrict__ groups, int num_tiles,
+                const Map *__restrict__ maps, const u16 *__restrict__ scales, const int *__restrict__ pairs,
+                const Unit *__restrict__ units, const float *__restrict__ weights, float *__restrict__ out,
+                int num_rows, int num_columns) {
     extern __shared__ __align__(1024) u8 memory[];
     const u32 ring_at = (u32)__cvta_generic_to_shared(memory);
     if (threadIdx.x == 0) {
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
-            init_barrier(ring_at + FULL_AT + 8 * i, COPIERS + 1); // and what the copy engine brings
+            init_barrier(ring_at + FULL_AT + 8 * i, 1); // and what the copy engine brings
             init_barrier(ring_at + EMPTY_AT + 8 * i, WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();
     begin();
-    const Step of = {{{num_columns}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k}};
+    const Step of = {{{num_columns}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows}};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     // Turned by a unit for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto unit_of = [&](int at) { return (at + at / num_units) % num_units; };
     Ring ring;
     if (threadIdx.x >= WORKERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        for (int at = blockIdx.x; at < work; at += gridDim.x)
-            copy_all(of, units[unit_of(at)], at / num_units, ring_at, ring);
+        if (threadIdx.x == WORKERS)
+            for (int at = blockIdx.x; at < work; at += gridDim.x)
+                copy_all(of, units[unit_of(at)], at / num_units, ring_at, ring);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         for (int at = blockIdx.x; at < work; at += gridDim.x) {
             const Unit unit = units[unit_of(at)];
-            const int tiles = tiles_for(unit.tokens), row_tile = at / num_units;
-            if (TILES >= 12 && tiles == 12)
+            const int width = width_for(unit.tokens), row_tile = at / num_units;
+            if (TILES >= 12 && width == 12)
                 multiply_all<TILES >= 12 ? 12 : 2>(of, unit, row_tile, memory, ring_at, ring);
-            else if (TILES >= 8 && tiles == 8)
+            else if (TILES >= 8 && width == 8)
                 multiply_all<TILES >= 8 ? 8 : 2>(of, unit, row_tile, memory, ring_at, ring);
-            else if (TILES >= 4 && tiles == 4)
+            else if (TILES >= 4 && width == 4)
                 multiply_all<TILES >= 4 ? 4 : 2>(of, unit, row_tile, memory, ring_at, ring);
             else
                 multiply_all<2>(of, unit, row_tile, memory, ring_at, ring);

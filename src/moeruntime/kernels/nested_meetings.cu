@@ -8,7 +8,7 @@
 // `nested_many.cu` does takes five. The powers of two leave with the scale.
 //
 // There is a block for every multiprocessor, and each has as much to do (`for_each_piece`). One thread has codes
-// copied into a ring of slots by the copy engine, two warps copy tokens into another ring, of one piece of work
+// copied into a ring of slots by the copy engine, another has tokens copied into another ring, of one piece of work
 // after the other. Three warpgroups multiply 64 rows each, and never wait for each other: a lane has a neuron's
 // gate and up row.
 //
@@ -17,26 +17,15 @@
 #include "nested_hopper.cuh"
 
 constexpr int PARTS = 3, ROWS = 64; // of a block
-constexpr int COPIERS = 64, WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
+constexpr int WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
 constexpr int PART = ROWS * GROUP, RUN = PARTS * PART; // bytes of a run of codes
-constexpr int MOST_TOKENS = TILES * TILE;
-constexpr int TILE_BYTES = 2 * TILE * GROUP;      // of both halves of a tile's tokens, in a batch
-constexpr int BATCH = TILES * TILE_BYTES;         // of all tokens
-constexpr int TOKEN_SLOT = BATCHES * BATCH;       // of a step
-constexpr int GROUPS = BATCHES * MOST_TOKENS * 8; // beside them: what their integers count
+constexpr int TOKEN_SLOT = TILES * TILE_STEP, GROUPS = TILES * TILE_GROUPS; // of a step
 constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
 constexpr int BARRIERS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
 constexpr int ARRIVED_AT = BARRIERS_AT + 16 * (CODE_SLOTS + TOKEN_SLOTS);
-constexpr int PARTIAL = PARTS * ROWS * MOST_TOKENS; // sums of a piece of work
+constexpr int PARTIAL = PARTS * ROWS * TILES * TILE; // sums of a piece of work
 
 constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
-
-// In one go, so that each has an address of its own and none waits for the one before to be done with it.
-__device__ __forceinline__ void copy_two(u32 to, const i8 *a, const i8 *b) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
-                 "cp.async.cg.shared.global.L2::128B [%0 + 1024], [%2], 16;" ::"r"(to),
-                 "l"(a), "l"(b));
-}
 
 // A ring's slot that is next, and how often it went round. FULL says that it may be read, EMPTY written.
 template <int SLOTS, int SLOT, int RING_AT, int BARRIERS> struct Ring {
@@ -59,6 +48,7 @@ struct Step : Arguments {
     int *arrived;
     __device__ __forceinline__ int tiles() const { return (num_rows / ROWS + PARTS - 1) / PARTS; }
     // Here steps with q = 0 come first: what a lane needs of scales in a step lies beside what it needs in the next.
+    __device__ __forceinline__ int tokens_of(int step) const { return 2 * (step % pieces()) + run_of(step); } // which step
     __device__ __forceinline__ int run_of(int step) const { return step >= pieces(); }
     __device__ __forceinline__ int column_of(int step) const { return step % pieces() * GROUP; } // of a run
     __device__ __forceinline__ int group_of(int step, int batch) const {
@@ -76,18 +66,16 @@ struct Step : Arguments {
 __device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u32 memory_at, Codes &ring) {
     const Meeting &meeting = *piece.meeting;
     const int shared_row = meeting.slot * of.num_rows;
-    int rows[2 * PARTS];
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        rows[2 * part] = of.first_row(piece.tile, part);
-        rows[2 * part + 1] = rows[2 * part] + of.apart();
-    }
     auto copy_run = [&](const Map *map, int column, int row) {
         const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
         await_phase(memory_at + ring.empty(), ring.parity ^ 1);
         arrive_expecting(full, RUN);
 #pragma unroll
-        for (int i = 0; i < 2 * PARTS; i++) copy_box(to + i * BOX_ROWS * GROUP, map, column, row + rows[i], full);
+        for (int part = 0; part < PARTS; part++) {
+            const int first = row + of.first_row(piece.tile, part);
+            copy_box(to + part * PART, map, column, first, full);
+            copy_box(to + part * PART + BOX_ROWS * GROUP, map, column, first + of.apart(), full);
+        }
         ring.advance();
     };
     const int run_bytes = COLUMNS / 8, own_run = meeting.bits == 1 ? 0 : run_bytes, tiles = meeting.tiles;
@@ -98,43 +86,25 @@ __device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u
         copy_run(of.maps, (p + 2) * run_bytes + j, shared_row);
 #pragma unroll 1
         for (int tile = 0; tile < tiles; tile += meeting.sizes[tile])
-            copy_run(own_map(of.maps, meeting.face[tile], meeting.bits), p * own_run + j, 0);
+            copy_run(own_map(of.maps, meeting.faces[tile], meeting.bits), p * own_run + j, 0);
     }
 }
 
-// A copier takes 16 bytes of a token's half, and of each eighth half from there on.
-template <int T>
+// One thread: all tokens, tiles of a face at once.
 __device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, u32 memory_at, Tokens &ring) {
     const Meeting &meeting = *piece.meeting;
-    const int thread = threadIdx.x % COPIERS, chunk = thread & 7, row = thread >> 3;
-    auto row_of_place = [&](int place) {
-        const int tile = min(place / TILE, meeting.tiles - 1), token = place % TILE;
-        const int pair = of.pairs[meeting.first[tile] + (token < meeting.tokens[tile] ? token : 0)];
-        return of.row_of(pair);
-    };
-    u32 token_at[T]; // in x: of the tile's token, a half
-#pragma unroll
-    for (int i = 0; i < T; i++)
-        token_at[i] = (row_of_place(TILE * i + (row >> 1)) * 2 + (row & 1)) * COLUMNS + 16 * chunk;
-    const bool has_group = thread < TILE * T;
-    const float2 *const groups = of.groups + row_of_place(has_group ? thread : 0) * of.num_groups();
-    const u32 token_to = memory_at + place_of(row, chunk), groups_to = memory_at + GROUPS_AT + 8 * thread;
+    const Bytes sizes = meeting.sizes;
+    const int tiles = meeting.tiles;
 #pragma unroll 1
     for (int step = piece.first; step < piece.last; step++) {
+        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+        const u32 groups_to = memory_at + GROUPS_AT + ring.slot * GROUPS;
         await_phase(memory_at + ring.empty(), ring.parity ^ 1);
-#pragma unroll
-        for (int batch = 0; batch < BATCHES; batch++) {
-            const int group = of.group_of(step, batch);
-            const i8 *const from = of.x + group * GROUP;
-            const u32 to = token_to + ring.at() + batch * BATCH;
-#pragma unroll
-            for (int i = 0; i < T; i += 2)
-                copy_two(to + i * TILE_BYTES, from + token_at[i], from + token_at[i + 1]);
-            if (has_group) copy_eight(groups_to + ring.slot * GROUPS + batch * MOST_TOKENS * 8, groups + group);
-        }
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        fence_for_products();
-        arrive(memory_at + ring.full());
+        arrive_expecting(full, tiles * (TILE_STEP + TILE_GROUPS));
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile += sizes[tile])
+            of.copy_tiles(of.tokens_of(step), meeting.tile[tile], sizes[tile], to + tile * TILE_STEP,
+                          groups_to + tile * TILE_GROUPS, full);
         ring.advance();
     }
 }
@@ -182,7 +152,7 @@ template <int HALVES> struct Worker {
                 for (int i = 0; i < 16; i++) h[batch & 1][i] = words[i] & 0x0F0F0F0Fu << 4 * (batch & 1);
             }
             keep_order(h[batch & 1]);
-            start_products<4>(c[at & 1], h[batch & 1], operand + (batch * BATCH + half * 4 * TILE_BYTES) / 16);
+            start_products<4>(c[at & 1], h[batch & 1], operand + (batch * TILE_BYTES + half * 4 * TILE_STEP) / 16);
         };
         auto add_up = [&](int at) {
             const int batch = at / HALVES, half = at % HALVES;
@@ -191,7 +161,7 @@ template <int HALVES> struct Worker {
             keep_order(c[at & 1]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const float one = groups[batch * MOST_TOKENS + TILE * (4 * half + i)].x;
+                const float one = groups[((4 * half + i) * BATCHES + batch) * TILE].x;
 #pragma unroll
                 for (int below = 0; below < 2; below++)
                     sums[4 * half + i][below] += u[below] * (whole(c[at & 1] + 4 * i + 2 * below) * one);
@@ -214,14 +184,14 @@ template <int HALVES> struct Worker {
 #pragma unroll
             for (int i = 0; i < 16; i++) l[batch & 1][i] = words[i] & mask << shift_of(batch);
             keep_order(l[batch & 1]);
-            start_products<T>(c[batch & 1], l[batch & 1], operand + (batch * BATCH + FIRST * TILE_BYTES) / 16);
+            start_products<T>(c[batch & 1], l[batch & 1], operand + (batch * TILE_BYTES + FIRST * TILE_STEP) / 16);
         };
         auto add_up = [&](int batch) {
             const float power = times / (float)(1 << shift_of(batch));
             keep_order(c[batch & 1]);
 #pragma unroll
             for (int i = 0; i < T; i++) {
-                const float2 one = groups[batch * MOST_TOKENS + TILE * (FIRST + i)];
+                const float2 one = groups[((FIRST + i) * BATCHES + batch) * TILE];
                 const float counts = one.x * power, less = one.y * middle;
 #pragma unroll
                 for (int below = 0; below < 2; below++)
@@ -239,8 +209,8 @@ template <int HALVES> struct Worker {
         for (int i = 0; i < 8 * HALVES; i++) were[i >> 1][i & 1] = sums[i >> 1][i & 1];
 #pragma unroll
         for (int i = 0; i < 8 * HALVES; i++) sums[i >> 1][i & 1] = were[((i >> 1) + BY) % (4 * HALVES)][i & 1];
-        operand += BY * TILE_BYTES / 16;
-        groups += BY * TILE;
+        operand += BY * TILE_STEP / 16;
+        groups += BY * BATCHES * TILE;
     }
 
     __device__ __forceinline__ void multiply_all() {
@@ -323,10 +293,10 @@ template <int HALVES> struct Worker {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    nested_meetings(const i8 *__restrict__ x, const float2 *__restrict__ groups, const Map *__restrict__ maps,
-                    const u16 *__restrict__ scales, const int *__restrict__ pairs,
+    nested_meetings(const u8 *__restrict__ x, const float2 *__restrict__ groups, int num_tiles,
+                    const Map *__restrict__ maps, const u16 *__restrict__ scales, const int *__restrict__ pairs,
                     const Meeting *__restrict__ meetings, const float *__restrict__ weights, float *__restrict__ out,
-                    int num_rows, int, int top_k, float *__restrict__ partial, int *__restrict__ arrived) {
+                    int num_rows, int, float *__restrict__ partial, int *__restrict__ arrived) {
     extern __shared__ __align__(1024) u8 memory[];
     begin();
     if (meetings[0].meetings == 0) return;
@@ -339,37 +309,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             init_barrier(memory_at + codes.empty(), WARPS);
         }
         for (int i = 0; i < TOKEN_SLOTS; i++, tokens.advance()) {
-            init_barrier(memory_at + tokens.full(), COPIERS);
+            init_barrier(memory_at + tokens.full(), 1);
             init_barrier(memory_at + tokens.empty(), WARPS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     codes = {}, tokens = {};
     __syncthreads();
-    const Step of = {{{COLUMNS}, x, groups, maps, scales, pairs, weights, out, num_rows, top_k}, partial, arrived};
+    const Step of = {{{COLUMNS}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows}, partial, arrived};
     // As many registers in all as before: or warps wait for each other for ever.
     if (threadIdx.x >= WORKERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        if (threadIdx.x < WORKERS + COPIERS)
-            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
-                const int tiles = piece.meeting->tiles;
-                if (tiles <= 2)
-                    copy_tokens<2>(of, piece, memory_at, tokens);
-                else if (tiles <= 4)
-                    copy_tokens<4>(of, piece, memory_at, tokens);
-                else if (tiles <= 6)
-                    copy_tokens<6>(of, piece, memory_at, tokens);
-                else if (tiles <= 8)
-                    copy_tokens<8>(of, piece, memory_at, tokens);
-                else
-                    copy_tokens<TILES>(of, piece, memory_at, tokens);
-            });
-        else if (threadIdx.x < WORKERS + COPIERS + 32)
-            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
-                if (threadIdx.x % 32 == 0) copy_codes(of, piece, memory_at, codes);
-            });
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if (threadIdx.x == WORKERS)
+            for_each_piece<STEPS>(meetings, of.tiles(),
+                                  [&](const Piece &piece) { copy_codes(of, piece, memory_at, codes); });
+        else if (threadIdx.x == WORKERS + 32)
+            for_each_piece<STEPS>(meetings, of.tiles(),
+                                  [&](const Piece &piece) { copy_tokens(of, piece, memory_at, tokens); });
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
         for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
             if (piece.meeting->tiles <= TILES - 4)
                 Worker<TILES / 4 - 1>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();

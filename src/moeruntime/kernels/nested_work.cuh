@@ -17,11 +17,14 @@ struct Unit { // tokens of one face
     i64 at4, at2, at1;
     int face, slot, bits, step;
     int first, tokens; // in `pairs`, and how many from there on: 0 where there is no work
+    int tile;          // which of all tiles is the first one of these tokens
     int units;         // of the first one: how many there are
 };
 
-constexpr int TILE = 4;        // tokens of a face, side by side
+constexpr int TILE = 4;        // tokens of a face, side by side; tiles of all faces are numbered, face by face
 constexpr int MOST_TILES = 12; // of faces that meet
+
+__device__ __forceinline__ int tiles_for(int count) { return (count + TILE - 1) / TILE; }
 
 struct Bytes { // one for each tile
     u32 words[MOST_TILES / 4];
@@ -34,9 +37,10 @@ struct Bytes { // one for each tile
 };
 
 struct Meeting { // of faces of a slot that have as many private bits, in tiles
-    int face[MOST_TILES];
-    int first[MOST_TILES], tokens[MOST_TILES]; // of a tile: in `pairs`, and how many from there on
-    Bytes steps;
+    int first[MOST_TILES]; // of a tile: in `pairs`, and how many from there on
+    Bytes tokens;
+    int tile[MOST_TILES]; // which of all tiles it is; an empty one has the number after its face's
+    Bytes faces, steps;
     Bytes sizes; // how many tiles, from here on, are multiplied as one face's: 4, 2 or 1
     int slot, bits, tiles;
     int meetings;     // of the first one: how many there are
@@ -62,15 +66,17 @@ __device__ __forceinline__ int cost_of(const Meeting &meeting) {
 __device__ void list_units(const Face *faces, const int *counts, int num_faces, Unit *units, int num_units, int tokens,
                            int capacity, Meeting *meetings, int meeting_tiles, int most_tokens) {
     __shared__ int num_of[MOST_FACES], kind_of[MOST_FACES], tiles_of[MOST_FACES], meetings_of[MOST_FACES];
+    __shared__ int full_of[MOST_FACES];
     const int thread = threadIdx.x;
     for (int i = thread; i < num_units; i += MOST_FACES) units[i].tokens = 0;
     const Face face = thread < num_faces ? faces[thread] : Face{};
     const int count = thread < num_faces ? counts[thread] : 0, kind = (int)(4 * face.slot + face.bits);
     const bool may_meet = count > 0 && count <= most_tokens && (face.bits == 1 || face.bits == 2);
-    const int full = (count + TILE - 1) / TILE, tiles = full + (full % 4 == 3); // three as four, of which one is empty
+    const int full = tiles_for(count), tiles = full + (full % 4 == 3); // three as four, of which one is empty
     const int fours = tiles & ~3;
     kind_of[thread] = may_meet ? kind : -1;
     tiles_of[thread] = tiles;
+    full_of[thread] = full;
     __syncthreads();
     int peers = 0, all = 0, all_fours = 0, all_twos = 0, fours_before = 0, twos_before = 0, ones_before = 0;
     int leader = thread; // the first of those that may meet
@@ -88,12 +94,12 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
     num_of[thread] = meets ? 0 : (count + tokens - 1) / tokens;
     meetings_of[thread] = meets && leader == thread ? num_meetings : 0;
     __syncthreads();
-    int at = 0;
-    for (int other = 0; other < thread; other++) at += num_of[other];
+    int at = 0, first_tile = 0;
+    for (int other = 0; other < thread; other++) at += num_of[other], first_tile += full_of[other];
     if (!meets) {
         for (int first = 0; first < count && at < num_units; first += tokens, at++)
             units[at] = {face.at4, face.at2, face.at1, thread, (int)face.slot, (int)face.bits, (int)face.step,
-                         thread * capacity + first, min(tokens, count - first)};
+                         thread * capacity + first, min(tokens, count - first), first_tile + first / TILE};
     } else {
         int first_meeting = 0;
         for (int other = 0; other < leader; other++) first_meeting += meetings_of[other];
@@ -109,10 +115,11 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
             const int index = min(place / 2 * 2 * num_meetings / all, num_meetings - 1);
             const int begin = begin_of(index), end = begin_of(index + 1), in = place - begin;
             Meeting &meeting = meetings[first_meeting + index];
-            meeting.face[in] = thread;
-            meeting.steps.set(in, (int)face.step);
             meeting.first[in] = thread * capacity + min(tile * TILE, count - 1);
-            meeting.tokens[in] = max(0, min(TILE, count - tile * TILE));
+            meeting.tokens.set(in, max(0, min(TILE, count - tile * TILE)));
+            meeting.tile[in] = first_tile + tile;
+            meeting.faces.set(in, thread);
+            meeting.steps.set(in, (int)face.step);
             const bool aligned = four && tile % 4 == 0 && in % 4 == 0 && place + 4 <= end;
             meeting.sizes.set(in, aligned ? 4 : in % 2 == 0 && (four || two) ? 2 : 1);
             if (in == 0) {

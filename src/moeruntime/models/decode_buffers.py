@@ -172,7 +172,7 @@ class StepBuffers:
         self.byte_rows = None
         if expert_dtypes != {dtype}:  # float32 beside it: somebody has fast codes
             inner = config.intermediate_size
-            self.byte_rows = ByteRows(rows, config.top_k, hidden, inner, device)
+            self.byte_rows = ByteRows(self.lists, rows, hidden, inner)
 
     @property
     def num_bytes(self) -> int:

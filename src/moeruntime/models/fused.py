@@ -184,8 +184,7 @@ class FusedDecoder:
             return rows_MH, row_TK, lists.weights_TK
         scratch = None
         if isinstance(pool, CodedPool) and pool.fast:
-            sizes = (num_tokens, self.config.top_k, hidden, self.config.intermediate_size)
-            scratch = ByteRows(*sizes, x_TH.device)
+            scratch = ByteRows(lists, num_tokens, hidden, self.config.intermediate_size)
         inner_MI = x_TH.new_empty(num_pairs, self.config.intermediate_size)
         out_MSH = torch.empty(num_pairs, 1, hidden, dtype=torch.float32, device=x_TH.device)
         gate_up(pool, x_TH, lists, 0, MANY, scratch, inner_MI)
