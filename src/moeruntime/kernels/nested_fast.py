@@ -214,9 +214,8 @@ def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
     own = 0 if part.num_planes == 0 else 2 if part.wide else 1
     codes = (2 + own + (part.num_planes == 2)) * MANY_ROWS * GROUP
     stage = codes + _step_bytes(cut.tokens) + BARRIER_BYTES
-    sums = 4 * MANY_ROWS * (cut.tokens + 1)
-    stages = min(MAX_STAGES, (MAX_SHARED_BYTES - sums) // stage)
-    return stages, stages * stage + sums
+    stages = min(MAX_STAGES, MAX_SHARED_BYTES // stage)
+    return stages, stages * stage
 
 
 def _meeting_rings(cut: Cut) -> tuple[int, int]:

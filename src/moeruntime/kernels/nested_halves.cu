@@ -4,10 +4,10 @@
 // 128 times the upper one and the lower one. Compiled with TILED:
 // - 0, for `nested_fast.cu`: rows of x as they are, [rows, 2 halves, columns].
 // - 1, for kernels whose products read shared memory: four tokens of a face side by side in a tile, tiles of a
-//   face one after the other, a step of the columns after the other (`Columns` of nested_hopper.cuh), so that the
+//   face one after the other, a step of the columns after the other (`Columns`), so that the
 //   copy engine brings a step of a face's tokens in one go: [steps, tiles, 4 batches, 4 tokens, 2 halves, 128].
 
-#include "nested_hopper.cuh"
+#include "nested_tiles.cuh"
 
 // Which pair is about token `place` of all tiles; -1 where there is none. By a whole warp.
 __device__ __forceinline__ int pair_at(int place, const int *counts, int num_faces, const int *pairs, int capacity) {

@@ -1,7 +1,7 @@
 // What the kernels of nested experts for Hopper devices have in common: how the thread that has things copied and
-// warps that multiply wait for each other, how a step goes through the columns, and how tokens lie.
+// warps that multiply wait for each other, and how products of a warpgroup run.
 #pragma once
-#include "nested.cuh"
+#include "nested_tiles.cuh"
 
 __device__ __forceinline__ void init_barrier(u32 at, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
@@ -46,9 +46,6 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void *from, int bytes, 
                  : "memory");
 }
 
-// Where a chunk of 16 bytes of a row of 128 lies: in other banks than those of rows beside it.
-__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ row & 7); }
-
 struct Words { // 16 bytes of a lane's two rows, the left and the right half of a group
     uint4 top[2], bottom[2];
     // Of product `i / 4`, its register `i % 4`.
@@ -59,38 +56,22 @@ struct Words { // 16 bytes of a lane's two rows, the left and the right half of 
     }
 };
 
-// Of a row and of the row `apart` further down.
-__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int apart, int t) {
+constexpr int PART = 2 * BOX_ROWS * GROUP; // bytes of a run of a part of 64 rows
+
+// Which row of a part's first 32 a lane has. Eight lanes that read at once have rows whose chunks lie in other banks.
+__device__ __forceinline__ int own_row() {
+    const int lane = threadIdx.x & 31;
+    return 8 * (threadIdx.x / 32 % 4) + (lane >> 3 | (lane & 4));
+}
+
+// Of a row of a part and of the one 32 rows further down.
+__device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
-        words.bottom[half] = *(const uint4 *)(run + place_of(row + apart, 4 * half + t));
+        words.bottom[half] = *(const uint4 *)(run + place_of(row + BOX_ROWS, 4 * half + t));
     }
 }
-
-constexpr int BATCHES = 4;
-constexpr int TILE_BYTES = 2 * TILE * GROUP;       // of a batch: rows of 128 columns of a token's upper, then lower half
-constexpr int TILE_STEP = BATCHES * TILE_BYTES;    // of a step
-constexpr int TILE_GROUPS = BATCHES * TILE * 8;    // beside them: what tokens' integers count, and their sums
-
-// A step is 128 bytes of two runs of the shared codes, q and q + 2, so that a byte of a 2-bit plane, which has
-// fields for both, is read once: with two fields a byte, 4 batches of 128 columns.
-struct Columns {
-    int num_columns;
-    __device__ __forceinline__ int num_groups() const { return num_columns / GROUP; }
-    __device__ __forceinline__ int pieces() const { return num_columns / (8 * GROUP); }
-    __device__ __forceinline__ int steps() const { return 2 * pieces(); }
-    // Which 128 columns a batch of a step is of.
-    __device__ __forceinline__ int group_of(int step, int batch) const {
-        return ((step & 1) + (batch & 2) + 4 * (batch & 1)) * pieces() + (step >> 1);
-    }
-    // And where some are.
-    __device__ __forceinline__ int step_of(int group) const { return group % pieces() * 2 + (group / pieces() & 1); }
-    __device__ __forceinline__ int batch_of(int group) const {
-        const int run = group / pieces();
-        return (run & 2) + (run >> 2);
-    }
-};
 
 // Of tokens in shared memory: tiles of eight rows of 128 bytes, whose chunks are exchanged as `place_of` says.
 __device__ __forceinline__ u64 descriptor(u32 at) {
@@ -173,6 +154,19 @@ struct Arguments : Columns { // of a kernel
     const float *weights;
     float *out;
     int num_rows;
+    // Rows come in parts of 64, of gate_up 32 neurons' gate and up rows: the second 32 are so far from the first.
+    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : BOX_ROWS; }
+    __device__ __forceinline__ int first_row(int part) const { return part * (GATE_UP ? BOX_ROWS : 2 * BOX_ROWS); }
+    // What was found for a row and the one `apart` from it.
+    __device__ __forceinline__ void write(i64 pair, int row, float first, float second) const {
+        if (GATE_UP) {
+            out[pair * (num_rows / 2) + row] = first / (1.f + __expf(-first)) * second;
+        } else {
+            const float weight = weights[pair];
+            out[pair * num_rows + row] = first * weight;
+            out[pair * num_rows + row + BOX_ROWS] = second * weight;
+        }
+    }
     // Tokens of `count` tiles, and what they count, in a step.
     __device__ __forceinline__ void copy_tiles(int step, int tile, int count, u32 tokens_to, u32 groups_to,
                                                u32 barrier) const {

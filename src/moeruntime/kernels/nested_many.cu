@@ -22,14 +22,14 @@
 
 #include "nested_hopper.cuh"
 
-constexpr int ROWS = 128;
+constexpr int PARTS = 2, ROWS = 64 * PARTS; // of a block
 constexpr int WORKERS = 256, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a stage
+constexpr int RUN = PARTS * PART;                   // bytes of a run of codes in a stage
 constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private plane
 constexpr int TOKENS_AT = RUN * (2 + OWN + (PLANES == 2));
 constexpr int STAGE = TOKENS_AT + TILES * TILE_STEP; // a multiple of what a descriptor wants
 constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = TILES * TILE_GROUPS;
-constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES, SUMS_AT = EMPTY_AT + 8 * STAGES;
+constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES;
 
 struct Ring { // the stage that is next, and how often the ring went round
     int stage = 0;
@@ -42,18 +42,12 @@ struct Ring { // the stage that is next, and how often the ring went round
 // Tiles of the narrowest program that holds so many tokens.
 __device__ __forceinline__ int width_for(int tokens) { return tokens > 32 ? 12 : tokens > 16 ? 8 : tokens > 8 ? 4 : 2; }
 
-struct Step : Arguments {
-    // The second 64 rows of a block are so far from the first.
-    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : ROWS / 2; }
-    __device__ __forceinline__ int first_row(int tile) const { return tile * (GATE_UP ? ROWS / 2 : ROWS); }
-};
-
 // One thread: all that a piece of work needs.
-__device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int row_tile, u32 ring_at, Ring &ring) {
+__device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, int row_tile, u32 ring_at, Ring &ring) {
     const int bits = unit.bits, J = of.num_columns / 8, tiles = tiles_for(unit.tokens);
     const bool second = PLANES > 1 && bits == 3; // private plane
     const int own_runs = PLANES == 0 || bits == 0 ? 0 : WIDE && bits == 4 ? 2 : 1;
-    const int own_row = of.first_row(row_tile), shared_row = unit.slot * of.num_rows + own_row;
+    const int own_row = of.first_row(PARTS * row_tile), shared_row = unit.slot * of.num_rows + own_row;
     const Map *const own = own_map(of.maps, unit.face, bits), *const own1 = own_map(of.maps, unit.face, 1);
     const int bytes = (2 + own_runs + second) * RUN + tiles * (TILE_STEP + TILE_GROUPS);
     const int steps = of.steps();
@@ -64,9 +58,9 @@ __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int r
         const int p = step & 1, j = (step >> 1) * GROUP;
         auto copy_run = [&](int run, const Map *map, int column, int first_row) {
 #pragma unroll
-            for (int i = 0; i < ROWS / BOX_ROWS; i++) {
-                const int down = i * BOX_ROWS < ROWS / 2 ? i * BOX_ROWS : of.apart() + i * BOX_ROWS - ROWS / 2;
-                copy_box(to + run * RUN + i * BOX_ROWS * GROUP, map, column, first_row + down, full);
+            for (int i = 0; i < 2 * PARTS; i++) {
+                const int row = first_row + of.first_row(i / 2) + i % 2 * of.apart();
+                copy_box(to + run * RUN + i * PART / 2, map, column, row, full);
             }
         };
         arrive_expecting(full, bytes);
@@ -81,21 +75,17 @@ __device__ __forceinline__ void copy_all(const Step &of, const Unit &unit, int r
 }
 
 template <int T>
-__device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, int row_tile, u8 *memory, u32 ring_at,
-                                             Ring &ring) {
-    constexpr int TOKENS = TILE * T;
-    const int thread = threadIdx.x, lane = thread & 31, t = lane & 3;
-    // Of the block's rows; and the row 8 further down. Eight lanes that read at once have chunks in different banks.
-    const int mine = 16 * (thread >> 5) + (lane >> 3 | (lane & 4));
-    const int bits = unit.bits, first = of.first_row(row_tile), num_groups = of.num_groups();
-    const u16 *const scale_at =
-        of.scales +
-        ((i64)unit.slot * of.num_rows + first + (mine < ROWS / 2 ? mine : of.apart() + mine - ROWS / 2)) * num_groups;
+__device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &unit, int row_tile, u8 *memory,
+                                             u32 ring_at, Ring &ring) {
+    const int lane = threadIdx.x & 31, t = lane & 3, part = threadIdx.x / 128, mine = own_row();
+    const int bits = unit.bits, row = of.first_row(PARTS * row_tile + part) + mine, num_groups = of.num_groups();
+    const u16 *const scale_at = of.scales + ((i64)unit.slot * of.num_rows + row) * num_groups;
+    const u16 *const scale_below = scale_at + of.apart() * num_groups;
     const u32 step = bits == 0 ? 0 : bits == 3 ? 2 * unit.step : unit.step, step1 = bits == 3 ? unit.step : 0;
     const float middle = 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
     const u32 own_mask = bits == 4 ? 0x0F0F0F0Fu : bits == 1 ? 0x01010101u : 0x03030303u;
 
-    float sums[T][2]; // of a token, row g and g + 8
+    float sums[T][2]; // of a token, both rows
 #pragma unroll
     for (int i = 0; i < 2 * T; i++) sums[i >> 1][i & 1] = 0.f;
 
@@ -105,9 +95,11 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
         await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
         u16 scale_of[BATCHES][2];
 #pragma unroll
-        for (int i = 0; i < 2 * BATCHES; i++)
-            scale_of[i >> 1][i & 1] = __ldg(scale_at + of.group_of(at_step, i >> 1) + 8 * (i & 1) * num_groups);
-        const u8 *const here = memory + ring.stage * STAGE;
+        for (int batch = 0; batch < BATCHES; batch++) {
+            scale_of[batch][0] = __ldg(scale_at + of.group_of(at_step, batch));
+            scale_of[batch][1] = __ldg(scale_below + of.group_of(at_step, batch));
+        }
+        const u8 *const here = memory + ring.stage * STAGE + part * PART;
         const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.stage * GROUPS) + t;
         const int p = at_step & 1;
 
@@ -117,10 +109,10 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
         auto start = [&](int batch) {
             const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
             if (field == 0) {
-                load(shared, here + upper * RUN, mine, 8, t);
+                load(shared, here + upper * RUN, mine, t);
                 if (PLANES > 0 && (upper == 0 || WIDE))
-                    load(own, here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, 8, t);
-                if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, 8, t);
+                    load(own, here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, t);
+                if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, t);
             }
             const int shift1 = p + 2 * upper + 4 * field;
             const int own_shift = bits == 1 ? shift1 : (bits == 4 ? 0 : 2 * upper) + 4 * field;
@@ -155,26 +147,10 @@ __device__ __forceinline__ void multiply_all(const Step &of, const Unit &unit, i
         ring.advance();
     }
 
-    // Through shared memory, so that a token's rows are written side by side, and gate meets up.
-    auto found = reinterpret_cast<float(*)[TOKENS + 1]>(memory + SUMS_AT);
-    await_threads<WORKERS>(); // those of the work before were read
 #pragma unroll
     for (int tile = 0; tile < T; tile++)
-#pragma unroll
-        for (int below = 0; below < 2; below++) found[mine + 8 * below][4 * tile + t] = sums[tile][below];
-    await_threads<WORKERS>();
-    constexpr int kept = GATE_UP ? ROWS / 2 : ROWS;
-    for (int at = thread; at < kept * unit.tokens; at += WORKERS) {
-        const int row = at % kept, token = at / kept;
-        const i64 pair = of.pairs[unit.first + token];
-        if (GATE_UP) {
-            const float gate = found[row][token];
-            of.out[pair * (of.num_rows / 2) + first + row] =
-                gate / (1.f + __expf(-gate)) * found[row + ROWS / 2][token];
-        } else {
-            of.out[pair * of.num_rows + first + row] = found[row][token] * of.weights[pair];
-        }
-    }
+        if (TILE * tile + t < unit.tokens)
+            of.write(of.pairs[unit.first + TILE * tile + t], row, sums[tile][0], sums[tile][1]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -194,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     begin();
-    const Step of = {{{num_columns}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows}};
+    const Arguments of = {{num_columns}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     // Turned by a unit for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto unit_of = [&](int at) { return (at + at / num_units) % num_units; };

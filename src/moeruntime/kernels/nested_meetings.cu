@@ -16,14 +16,14 @@
 
 #include "nested_hopper.cuh"
 
-constexpr int PARTS = 3, ROWS = 64; // of a block
+constexpr int PARTS = 3, ROWS = 64 * PARTS; // of a block
 constexpr int WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int PART = ROWS * GROUP, RUN = PARTS * PART; // bytes of a run of codes
+constexpr int RUN = PARTS * PART; // bytes of a run of codes
 constexpr int TOKEN_SLOT = TILES * TILE_STEP, GROUPS = TILES * TILE_GROUPS; // of a step
 constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
 constexpr int BARRIERS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
 constexpr int ARRIVED_AT = BARRIERS_AT + 16 * (CODE_SLOTS + TOKEN_SLOTS);
-constexpr int PARTIAL = PARTS * ROWS * TILES * TILE; // sums of a piece of work
+constexpr int PARTIAL = ROWS * TILES * TILE; // sums of a piece of work
 
 constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
 
@@ -46,7 +46,8 @@ struct Step : Arguments {
     // end, and how many of them are there.
     float *partial;
     int *arrived;
-    __device__ __forceinline__ int tiles() const { return (num_rows / ROWS + PARTS - 1) / PARTS; }
+    __device__ __forceinline__ int num_parts() const { return num_rows / (2 * BOX_ROWS); }
+    __device__ __forceinline__ int tiles() const { return (num_parts() + PARTS - 1) / PARTS; }
     // Here steps with q = 0 come first: what a lane needs of scales in a step lies beside what it needs in the next.
     __device__ __forceinline__ int tokens_of(int step) const { return 2 * (step % pieces()) + run_of(step); } // which step
     __device__ __forceinline__ int run_of(int step) const { return step >= pieces(); }
@@ -54,11 +55,9 @@ struct Step : Arguments {
     __device__ __forceinline__ int group_of(int step, int batch) const {
         return step + ((batch & 2) + 4 * (batch & 1)) * pieces();
     }
-    // The second 32 rows of a part are so far from the first.
-    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : BOX_ROWS; }
     // Where there is no part any more the last one is done again.
-    __device__ __forceinline__ int first_row(int tile, int part) const {
-        return min(tile * PARTS + part, num_rows / ROWS - 1) * (GATE_UP ? BOX_ROWS : ROWS);
+    __device__ __forceinline__ int part_of(int tile, int part) const {
+        return min(tile * PARTS + part, num_parts() - 1);
     }
 };
 
@@ -72,7 +71,7 @@ __device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u
         arrive_expecting(full, RUN);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            const int first = row + of.first_row(piece.tile, part);
+            const int first = row + of.first_row(of.part_of(piece.tile, part));
             copy_box(to + part * PART, map, column, first, full);
             copy_box(to + part * PART + BOX_ROWS * GROUP, map, column, first + of.apart(), full);
         }
@@ -119,9 +118,7 @@ template <int HALVES> struct Worker {
     Codes &codes;
     Tokens &tokens;
     const int lane = threadIdx.x & 31, t = lane & 3, part = threadIdx.x / 128;
-    // Eight lanes that read at once have rows whose chunks lie in different banks.
-    const int mine = 8 * (threadIdx.x / 32 % 4) + (lane >> 3 | (lane & 4));
-    const int row = of.first_row(piece.tile, part) + mine;
+    const int mine = own_row(), row = of.first_row(of.part_of(piece.tile, part)) + mine;
     const bool single = meeting.bits == 1; // bit: runs lie a bit apart
     float sums[4 * HALVES][2] = {};        // of a tile's token, both rows
     u16 scales[BATCHES][2];
@@ -134,7 +131,7 @@ template <int HALVES> struct Worker {
     }
     __device__ __forceinline__ void load_run(Words &words) {
         await_phase(memory_at + codes.full(), codes.parity);
-        load(words, memory + codes.at() + part * PART, mine, BOX_ROWS, t);
+        load(words, memory + codes.at() + part * PART, mine, t);
         release(codes.empty());
         codes.advance();
     }
@@ -273,15 +270,7 @@ template <int HALVES> struct Worker {
 #pragma unroll
         for (int tile = 0; tile < 4 * HALVES; tile++) {
             if (tile >= meeting.tiles || t >= meeting.tokens[tile]) continue;
-            const i64 pair = of.pairs[meeting.first[tile] + t];
-            const float first = sums[tile][0], second = sums[tile][1];
-            if (GATE_UP) {
-                of.out[pair * (of.num_rows / 2) + row] = first / (1.f + __expf(-first)) * second;
-            } else {
-                const float weight = of.weights[pair];
-                of.out[pair * of.num_rows + row] = first * weight;
-                of.out[pair * of.num_rows + row + BOX_ROWS] = second * weight;
-            }
+            of.write(of.pairs[meeting.first[tile] + t], row, sums[tile][0], sums[tile][1]);
         }
     }
 
@@ -319,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Step of = {{{COLUMNS}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows}, partial, arrived};
     // As many registers in all as before: or warps wait for each other for ever.
     if (threadIdx.x >= WORKERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (threadIdx.x == WORKERS)
             for_each_piece<STEPS>(meetings, of.tiles(),
                                   [&](const Piece &piece) { copy_codes(of, piece, memory_at, codes); });
@@ -327,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for_each_piece<STEPS>(meetings, of.tiles(),
                                   [&](const Piece &piece) { copy_tokens(of, piece, memory_at, tokens); });
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
         for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
             if (piece.meeting->tiles <= TILES - 4)
                 Worker<TILES / 4 - 1>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
