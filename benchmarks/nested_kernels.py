@@ -57,8 +57,9 @@ def make_part(
     part = FacePart(
         rows, columns, 4, GROUP, {4: shared}, scale, torch.tensor(table, device=DEVICE),
         num_planes=len(plane_shapes(rows, columns, bits)), wide=bits == 4,
+        is_gate_up=columns == H, in_strips=True,
     )  # fmt: skip
-    return nested_fast.with_maps(part), alive, (shared.nbytes + scale.nbytes) // E
+    return part, alive, (shared.nbytes + scale.nbytes) // E
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows, Cut, FacePart, is_fast
+from moeruntime.kernels.strips import lay_in_strips
 
 if torch.cuda.is_available():
     from moeruntime.kernels import nested, nested_fast
@@ -77,10 +78,14 @@ def make_part(
     scale = torch.rand(scale_shape, generator=generator, device=DEVICE) * 0.001
     scale = (scale + 0.0005).bfloat16()
     planes = torch.stack([pack_planes(one, 4)[4] for one in shared])
+    is_gate_up = rows == 2 * INNER
+    lay_in_strips(planes, is_gate_up=is_gate_up)
     decoded, table, alive = [], [], []
     for slot, code in faces:
         private = codes(code.bits, rows, columns) if code.bits else None
         own = pack_planes(private, code.bits) if private is not None else {}
+        for plane in own.values():
+            lay_in_strips(plane[None], is_gate_up=is_gate_up)
         alive += own.values()
         at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
         table.append([slot, code.bits, code.step, *at])
@@ -95,8 +100,10 @@ def make_part(
         torch.tensor(table, device=DEVICE),
         num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
         wide=any(code.bits == 4 for _, code in faces),
+        is_gate_up=is_gate_up,
+        in_strips=True,
     )
-    return nested_fast.with_maps(part), torch.stack(decoded), alive
+    return part, torch.stack(decoded), alive
 
 
 class Step:
@@ -194,10 +201,20 @@ def test_faces_are_decoded_as_the_definition_says(shared_bits: int, bits: int) -
     faces = torch.tensor([[0] * 6, [0, bits, private_code.step, *at], [0] * 6], device=DEVICE)
     part = FacePart(
         rows, columns, shared_bits, 128, planes, scale[None].cuda(), faces,
-        num_planes=len(own), wide=bits == 4,
+        num_planes=len(own), wide=bits == 4, is_gate_up=True,
     )  # fmt: skip
     out = torch.full((2, rows, columns), torch.nan, device=DEVICE, dtype=torch.bfloat16)
     counts = torch.tensor([1, 1, 0], dtype=torch.int32, device=DEVICE)
     nested.decode_faces(part, 1, counts, out_FRC=out)
     assert torch.equal(out[0].cpu(), decode(shared, scale, code, private, private_code).bfloat16())
     assert out[1].isnan().all(), "nobody wants it"
+
+
+@pytest.mark.parametrize("faces", [MIXED, THREES], ids=["mixed", "threes"])
+def test_faces_in_strips_are_decoded_like_others(faces: Faces) -> None:
+    for shape, seed in (((2 * INNER, HIDDEN), 1), ((HIDDEN, INNER), 2)):
+        part, expected_FRC, _alive = make_part(*shape, faces, seed)
+        out_FRC = torch.full_like(expected_FRC, torch.nan, dtype=torch.bfloat16)
+        counts_F = torch.ones(len(faces), dtype=torch.int32, device=DEVICE)
+        nested.decode_faces(part, 0, counts_F, out_FRC=out_FRC)
+        assert torch.equal(out_FRC, expected_FRC.bfloat16())

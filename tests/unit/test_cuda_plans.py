@@ -13,6 +13,7 @@ from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import MAX_FACES, Cut, is_fast
 from moeruntime.kernels.shapes import tile_rows
+from moeruntime.kernels.strips import lay_in_strips
 from moeruntime.models.decode_buffers import BATCH_SIZES, StepShapes, batch_sizes
 
 NO_TRITON = """
@@ -61,6 +62,27 @@ def test_faces_of_a_slot_meet_where_that_was_measured_to_be_faster() -> None:
     assert cut(32, 4.0).many, "who is alone in a slot goes to the other kernel"
     assert cut(32, 2.0).meet == 0
     assert cut(32, 4.0, hopper=False).meet == 0
+
+
+# -- strips ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_gate_up", [False, True])
+def test_strips_have_every_byte_where_kernels_look_for_it(is_gate_up: bool) -> None:
+    num_rows, num_bytes = 64, 384
+    plane = torch.randint(256, (2, num_rows, num_bytes), dtype=torch.uint8)
+    laid = plane.clone()
+    lay_in_strips(laid, is_gate_up=is_gate_up)
+    for matrix, strips in zip(plane, laid, strict=True):
+        flat = strips.flatten()
+        for row in range(num_rows):
+            place = row
+            if is_gate_up:
+                neuron, is_up = row % 32, row // 32
+                place = neuron // 16 * 32 + is_up * 16 + neuron % 16
+            for byte in range(num_bytes):
+                at = byte % 128 ^ (64 if place % 2 else 0)
+                assert flat[(byte // 128 * num_rows + place) * 128 + at] == matrix[row, byte]
 
 
 # -- tiles -----------------------------------------------------------------------------------------

@@ -86,8 +86,8 @@ class FacePart:
             [rows, J] of width 4, 2 and 1, 0 where there is none. Whoever made it keeps them alive.
         num_planes: private planes that a face has at most; three bits are two.
         wide: whether one of them has 4 bits.
-        maps: uint8 [1 + 3 F, 128]; what `tensor_maps` makes of the shared plane and of each face's
-            private ones, for a Hopper device.
+        is_gate_up: half of the rows are gate_proj's, the others up_proj's.
+        in_strips: whether all planes lie as `strips` puts them, which `nested_fast` wants.
     """
 
     num_rows: int
@@ -99,7 +99,8 @@ class FacePart:
     faces_F6: Tensor
     num_planes: int
     wide: bool
-    maps: Tensor | None = None
+    is_gate_up: bool
+    in_strips: bool = False
 
     @property
     def may_meet(self) -> bool:

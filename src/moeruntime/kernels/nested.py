@@ -137,17 +137,30 @@ def _nested_down_kernel(
 
 
 @triton.jit
-def _field(plane, at, J: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """The fields of STEP columns from `at` on, which lie in a run of bytes."""
-    byte = tl.load(plane + at % J + tl.arange(0, STEP)[None, :]).to(tl.int32)
-    return (byte >> (at // J * WIDTH)) & (2**WIDTH - 1)
+def _field(
+    plane, row, at,
+    R: tl.constexpr, J: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
+):  # fmt: skip
+    """The fields of a row's STEP columns from `at` on, of consecutive bytes.
+
+    `plane` is a matrix of R rows of J bytes. STRIPS: as `strips` puts it, and of gate_up for 2.
+    """
+    byte = at % J + tl.arange(0, STEP)[None, :]
+    if STRIPS:
+        half: tl.constexpr = 16
+        if STRIPS == 2:
+            row = row % (R // 2) // half * (2 * half) + row // (R // 2) * half + row % half
+        byte = (byte // 128 * R + row) * 128 + (byte % 128 ^ row % 2 * 64)
+    else:
+        byte += row * J
+    return (tl.load(plane + byte).to(tl.int32) >> (at // J * WIDTH)) & (2**WIDTH - 1)
 
 
 @triton.jit(do_not_specialize=("first_face",))
 def _decode_kernel(
     plane4, plane2, plane1, scales, faces, counts, out, first_face,
     R: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
     number = first_face + tl.program_id(2)
     if tl.load(counts + number) == 0:
@@ -158,26 +171,29 @@ def _decode_kernel(
     own = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = own < R
     own = tl.where(inside, own, 0).to(tl.int64)
+    slot = slot.to(tl.int64)
     row = slot * R + own
     at = tl.program_id(0) * STEP
     shared = tl.zeros((ROWS, STEP), tl.int32)
     if SHARED & 4:
-        shared = _field(plane4 + row * (4 * J), at, 4 * J, 4, STEP)
+        shared = _field(plane4 + slot * (R * 4 * J), own, at, R, 4 * J, 4, STEP, STRIPS)
     if SHARED & 2:
-        shared = (shared << 2) | _field(plane2 + row * (2 * J), at, 2 * J, 2, STEP)
+        plane2 += slot * (R * 2 * J)
+        shared = (shared << 2) | _field(plane2, own, at, R, 2 * J, 2, STEP, STRIPS)
     if SHARED & 1:
-        shared = (shared << 1) | _field(plane1 + row * J, at, J, 1, STEP)
+        plane1 += slot * (R * J)
+        shared = (shared << 1) | _field(plane1, own, at, R, J, 1, STEP, STRIPS)
     level = shared << (7 - SHARED)
     refined = tl.zeros((ROWS, STEP), tl.int32)
     if (bits & 4) != 0:
         own4 = tl.load(face + 3).to(tl.pointer_type(tl.uint8))
-        refined = _field(own4 + own * (4 * J), at, 4 * J, 4, STEP)
+        refined = _field(own4, own, at, R, 4 * J, 4, STEP, STRIPS)
     if (bits & 2) != 0:
         own2 = tl.load(face + 4).to(tl.pointer_type(tl.uint8))
-        refined = (refined << 2) | _field(own2 + own * (2 * J), at, 2 * J, 2, STEP)
+        refined = (refined << 2) | _field(own2, own, at, R, 2 * J, 2, STEP, STRIPS)
     if (bits & 1) != 0:
         own1 = tl.load(face + 5).to(tl.pointer_type(tl.uint8))
-        refined = (refined << 1) | _field(own1 + own * J, at, J, 1, STEP)
+        refined = (refined << 1) | _field(own1, own, at, R, J, 1, STEP, STRIPS)
     level += refined * step.to(tl.int32)
     centre = (2**SHARED - 1) * 2 ** (7 - SHARED) * 0.5
     centre += step.to(tl.float32) * ((tl.full((), 1, tl.int32) << bits.to(tl.int32)) - 1) * 0.5
@@ -210,7 +226,7 @@ def decode_faces(part: FacePart, first: int, counts_F: Tensor, *, out_FRC: Tenso
     _decode_kernel[(num_columns // step, triton.cdiv(num_rows, rows), num_faces)](
         *_codes(part), counts_F, out_FRC, first,
         R=num_rows, C=num_columns, SHARED=part.shared_bits, GROUP=part.group,
-        ROWS=rows, STEP=step, num_warps=4,
+        ROWS=rows, STEP=step, STRIPS=part.in_strips * (1 + part.is_gate_up), num_warps=4,
     )  # fmt: skip
 
 

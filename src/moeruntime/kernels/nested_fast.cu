@@ -46,11 +46,8 @@ struct Words { // of a plane, 16 bytes of row g and of row g + 8, as two product
     }
 };
 
-// Rows of a run are 128 bytes apart, which is all banks: every other one has its halves exchanged.
-__device__ __forceinline__ u32 place_of(int row, int chunk) { return row * GROUP + 16 * (chunk ^ (row & 1) << 2); }
-
 __device__ __forceinline__ Words words_at(const u8 *run, int row, int chunk) {
-    return {*(const uint4 *)(run + place_of(row, chunk)), *(const uint4 *)(run + place_of(row + 8, chunk))};
+    return {*(const uint4 *)(run + code_place(row, chunk)), *(const uint4 *)(run + code_place(row + 8, chunk))};
 }
 
 // c = d + rows [16, 32] times tokens [32, 8]; which columns are which of the 32 is the same for both.
@@ -90,19 +87,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
     auto found =
         reinterpret_cast<float(*)[ROWS][TOKENS + 1]>(turns == 1 ? memory : scales_of + 2 * ROWS * scale_stride);
 
-    // A thread copies 16 bytes of row `thread / 8` of a run, and of the row 16 further down.
-    const int chunk = thread & 7;
-    const i64 row = row_of(thread >> 3), slot_row = (i64)unit.slot * num_rows;
-    const int own_stride = (bits == 4 ? 4 : bits == 1 ? 1 : 2) * J, own_runs = bits == 4 ? 4 : bits == 1 ? 1 : 2;
-    const u8 *shared_at = plane + (slot_row + row) * (4 * J) + 16 * chunk;
-    const u8 *own_at =
-        (const u8 *)(bits == 4 ? unit.at4 : bits == 1 ? unit.at1 : unit.at2) + row * own_stride + 16 * chunk;
-    const u8 *own1_at = (const u8 *)unit.at1 + row * J + 16 * chunk;
-    const u32 to = ring_at + place_of(thread >> 3, chunk);
+    // A turn's rows are side by side in a strip. A thread copies 16 of each 2048 bytes.
+    const i64 slot_row = (i64)unit.slot * num_rows;
+    const int own_runs = bits == 4 ? 4 : bits == 1 ? 1 : 2, at_thread = blockIdx.y * turns * RUN + 16 * thread;
+    const u8 *shared_at = plane + slot_row * (4 * J) + at_thread, *own1_at = (const u8 *)unit.at1 + at_thread;
+    const u8 *own_at = plane_of(unit.at4, unit.at2, unit.at1, bits) + at_thread;
+    const u32 to = ring_at + 16 * thread;
     int copies = 0, copied = 0; // stages so far, and of this turn
     auto copy_stage = [&] {
         if (copies < turns * steps) {
-            const int j = copied * GROUP;
+            const int j = copied * GROUP; // bytes of each row
             if (copied == 0) {
                 const int turn = copies / steps;
                 for (int i = thread; i < ROWS * num_groups / 8; i += 32 * WARPS) { // 8 scales of a row
@@ -117,20 +111,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
                 const u32 below = stage + half * RUN / 2;
 #pragma unroll
                 for (int run = 0; run < 4; run++)
-                    copy_ahead(below + run * RUN, shared_at + (u32)(half * apart * 4 * J + run * J + j));
+                    copy_ahead(below + run * RUN, shared_at + half * RUN / 2 + (u32)((run * J + j) * num_rows));
                 if (PLANES > 0 && bits) {
 #pragma unroll
                     for (int run = 0; run < OWN; run++)
                         if (run < own_runs)
-                            copy_ahead(below + (4 + run) * RUN, own_at + (u32)(half * apart * own_stride + run * J + j));
+                            copy_ahead(below + (4 + run) * RUN,
+                                       own_at + half * RUN / 2 + (u32)((run * J + j) * num_rows));
                 }
                 if (PLANES > 1 && bits == 3)
-                    copy_ahead(below + (4 + OWN) * RUN, own1_at + (u32)(half * apart * J + j));
+                    copy_ahead(below + (4 + OWN) * RUN, own1_at + half * RUN / 2 + (u32)(j * num_rows));
             }
             copies++;
             if (++copied == steps) {
                 copied = 0;
-                shared_at += next * 4 * J, own_at += next * own_stride, own1_at += next * J;
+                shared_at += RUN, own_at += RUN, own1_at += RUN;
             }
         }
         asm volatile("cp.async.commit_group;");

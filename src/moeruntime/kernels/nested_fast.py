@@ -30,9 +30,8 @@ from moeruntime.kernels.face_parts import (
     FacePart,
 )
 from moeruntime.kernels.nvrtc import compile_kernel
-from moeruntime.kernels.tensor_maps import MAP_BYTES, NO_MAP, encode_map
 
-__all__ = ["down", "gate_up", "most_pairs", "with_maps"]
+__all__ = ["down", "gate_up", "most_pairs"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HALVES_SOURCE = SOURCE.with_name("nested_halves.cu")
@@ -50,19 +49,6 @@ MAX_SHARED_BYTES = 227 * 1024
 
 TOKEN_SLOTS = 2
 """Of the ring that a program of `nested_meetings.cu` copies tokens into."""
-
-
-def with_maps(part: FacePart) -> FacePart:
-    """The part as `nested_many.cu` and `nested_meetings.cu` want it, on a Hopper device."""
-    if not _device(part.scale_SRG.device)[1]:
-        return part
-    plane, run = part.planes[4], part.num_columns // 8
-    maps = [encode_map(plane.data_ptr(), plane.shape[0] * part.num_rows, 4 * run)]
-    for face in part.faces_F6.tolist():
-        for bits, at in zip((4, 2, 1), face[3:], strict=True):
-            maps.append(encode_map(at, part.num_rows, bits * run) if at else NO_MAP)
-    encoded = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8)
-    return replace(part, maps=encoded.reshape(-1, MAP_BYTES).to(plane.device))
 
 
 def most_pairs(device: torch.device) -> int:
@@ -112,6 +98,7 @@ def _launch(
     is_gate_up: bool,
 ) -> None:
     assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
+    assert part.in_strips and part.is_gate_up == is_gate_up
     num_faces = len(part.faces_F6)
     num_multiprocessors, hopper = _device(x.device)
     faces_a_slot = num_faces / len(part.planes[4]) if part.may_meet else 1.0
@@ -143,9 +130,8 @@ def _launch(
     }
 
     def of_tiles(units: Tensor) -> tuple[Tensor | int, ...]:
-        assert part.maps is not None  # `with_maps` makes them on a Hopper device
         return (
-            scratch.values, scratch.groups, num_tiles, part.maps, part.scale_SRG,
+            scratch.values, scratch.groups, num_tiles, part.planes[4], part.scale_SRG,
             lists.pairs_LFC[layer], units, lists.weights_TK, out,
             part.num_rows, part.num_columns,
         )  # fmt: skip
@@ -162,7 +148,7 @@ def _launch(
         compile_kernel(MEETINGS_SOURCE, "nested_meetings", tuple(of_meetings.items()))(
             (min(num_multiprocessors, MOST_PROGRAMS), 1, 1),
             MEETING_THREADS,
-            (*of_tiles(meetings), scratch.partial, scratch.arrived),
+            (*of_tiles(meetings), part.faces_F6, scratch.partial, scratch.arrived),
             shared_bytes=shared_bytes,
         )
     if cut.many:

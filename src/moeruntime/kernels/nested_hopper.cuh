@@ -17,27 +17,9 @@ __device__ __forceinline__ void await_phase(u32 at, u32 parity) {
                  : "memory");
 }
 
-constexpr int BOX_ROWS = 32;
-
-struct __align__(64) Map { // of a plane, as the copy engine wants it: rows of bytes, boxes of 128 bytes and 32 rows
-    u64 words[16];
-};
-
-// Of the shared plane, then of each face's private planes of 4, 2 and 1 bits: the one of so many.
-__device__ __forceinline__ const Map *own_map(const Map *maps, int face, int bits) {
-    return maps + 1 + 3 * face + (bits == 4 ? 0 : bits == 1 ? 2 : 1);
-}
-
 // Like `arrive`, and so many bytes are to come before the phase ends.
 __device__ __forceinline__ void arrive_expecting(u32 at, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-// 32 rows of 128 bytes, whose 16-byte chunks are exchanged as `place_of` says.
-__device__ __forceinline__ void copy_box(u32 to, const Map *map, int column, int row, u32 barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}],"
-                 "[%4];" ::"r"(to),
-                 "l"(map), "r"(column), "r"(row), "r"(barrier)
-                 : "memory");
 }
 // A run of bytes, of a multiple of 16.
 __device__ __forceinline__ void copy_bytes(u32 to, const void *from, int bytes, u32 barrier) {
@@ -56,20 +38,17 @@ struct Words { // 16 bytes of a lane's two rows, the left and the right half of 
     }
 };
 
-constexpr int PART = 2 * BOX_ROWS * GROUP; // bytes of a run of a part of 64 rows
-
-// Which row of a part's first 32 a lane has. Eight lanes that read at once have rows whose chunks lie in other banks.
+// Of 64 rows a warpgroup multiplies; which of them a lane has first. The other one is HALF further down.
 __device__ __forceinline__ int own_row() {
-    const int lane = threadIdx.x & 31;
-    return 8 * (threadIdx.x / 32 % 4) + (lane >> 3 | (lane & 4));
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
+    return 2 * HALF * (warp >> 1) + 8 * (warp & 1) + (lane >> 2);
 }
 
-// Of a row of a part and of the one 32 rows further down.
 __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        words.top[half] = *(const uint4 *)(run + place_of(row, 4 * half + t));
-        words.bottom[half] = *(const uint4 *)(run + place_of(row + BOX_ROWS, 4 * half + t));
+        words.top[half] = *(const uint4 *)(run + code_place(row, 4 * half + t));
+        words.bottom[half] = *(const uint4 *)(run + code_place(row + HALF, 4 * half + t));
     }
 }
 
@@ -148,15 +127,24 @@ struct Arguments : Columns { // of a kernel
     const u8 *x; // as `halves` of nested_halves.cu has it, with room for so many tiles
     const float2 *groups;
     int num_tiles;
-    const Map *maps;
+    const u8 *plane; // of the slots
     const u16 *scales;
     const int *pairs;
     const float *weights;
     float *out;
     int num_rows;
-    // Rows come in parts of 64, of gate_up 32 neurons' gate and up rows: the second 32 are so far from the first.
-    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : BOX_ROWS; }
-    __device__ __forceinline__ int first_row(int part) const { return part * (GATE_UP ? BOX_ROWS : 2 * BOX_ROWS); }
+    // What a lane's first row of a strip is a row of, and how far from it the other is.
+    __device__ __forceinline__ int row_of(int strip_row) const {
+        return GATE_UP ? strip_row / (2 * HALF) * HALF + strip_row % HALF : strip_row;
+    }
+    __device__ __forceinline__ int apart() const { return GATE_UP ? num_rows / 2 : HALF; }
+    __device__ __forceinline__ const u8 *shared_plane(int slot) const {
+        return plane + (i64)slot * num_rows * (num_columns / 2);
+    }
+    // Some rows of the strip of a plane that begins at so many bytes of each row.
+    __device__ __forceinline__ void copy_codes(u32 to, const u8 *from, int byte, int row, int count, u32 barrier) const {
+        copy_bytes(to, from + (i64)byte * num_rows + row * GROUP, count * GROUP, barrier);
+    }
     // What was found for a row and the one `apart` from it.
     __device__ __forceinline__ void write(i64 pair, int row, float first, float second) const {
         if (GATE_UP) {
@@ -164,7 +152,7 @@ struct Arguments : Columns { // of a kernel
         } else {
             const float weight = weights[pair];
             out[pair * num_rows + row] = first * weight;
-            out[pair * num_rows + row + BOX_ROWS] = second * weight;
+            out[pair * num_rows + row + HALF] = second * weight;
         }
     }
     // Tokens of `count` tiles, and what they count, in a step.

@@ -22,9 +22,9 @@
 
 #include "nested_hopper.cuh"
 
-constexpr int PARTS = 2, ROWS = 64 * PARTS; // of a block
+constexpr int ROWS = 128; // of a block
 constexpr int WORKERS = 256, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int RUN = PARTS * PART;                   // bytes of a run of codes in a stage
+constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a stage
 constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private plane
 constexpr int TOKENS_AT = RUN * (2 + OWN + (PLANES == 2));
 constexpr int STAGE = TOKENS_AT + TILES * TILE_STEP; // a multiple of what a descriptor wants
@@ -47,8 +47,8 @@ __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, 
     const int bits = unit.bits, J = of.num_columns / 8, tiles = tiles_for(unit.tokens);
     const bool second = PLANES > 1 && bits == 3; // private plane
     const int own_runs = PLANES == 0 || bits == 0 ? 0 : WIDE && bits == 4 ? 2 : 1;
-    const int own_row = of.first_row(PARTS * row_tile), shared_row = unit.slot * of.num_rows + own_row;
-    const Map *const own = own_map(of.maps, unit.face, bits), *const own1 = own_map(of.maps, unit.face, 1);
+    const u8 *const shared = of.shared_plane(unit.slot), *const own1 = (const u8 *)unit.at1;
+    const u8 *const own = plane_of(unit.at4, unit.at2, unit.at1, bits);
     const int bytes = (2 + own_runs + second) * RUN + tiles * (TILE_STEP + TILE_GROUPS);
     const int steps = of.steps();
 #pragma unroll 1
@@ -56,20 +56,16 @@ __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, 
         await_phase(ring_at + EMPTY_AT + 8 * ring.stage, ring.parity ^ 1);
         const u32 full = ring_at + FULL_AT + 8 * ring.stage, to = ring_at + ring.stage * STAGE;
         const int p = step & 1, j = (step >> 1) * GROUP;
-        auto copy_run = [&](int run, const Map *map, int column, int first_row) {
-#pragma unroll
-            for (int i = 0; i < 2 * PARTS; i++) {
-                const int row = first_row + of.first_row(i / 2) + i % 2 * of.apart();
-                copy_box(to + run * RUN + i * PART / 2, map, column, row, full);
-            }
+        auto copy_run = [&](int run, const u8 *plane, int byte) {
+            of.copy_codes(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
         };
         arrive_expecting(full, bytes);
-        copy_run(0, of.maps, p * J + j, shared_row);
-        if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j, own_row);
+        copy_run(0, shared, p * J + j);
+        if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j);
         of.copy_tiles(step, unit.tile, tiles, to + TOKENS_AT, ring_at + GROUPS_AT + ring.stage * GROUPS, full);
-        if (second) copy_run(2 + OWN, own1, j, own_row);
-        copy_run(1, of.maps, (p + 2) * J + j, shared_row);
-        if (own_runs == 2) copy_run(3, own, (p + 2) * J + j, own_row);
+        if (second) copy_run(2 + OWN, own1, j);
+        copy_run(1, shared, (p + 2) * J + j);
+        if (own_runs == 2) copy_run(3, own, (p + 2) * J + j);
         ring.advance();
     }
 }
@@ -77,8 +73,8 @@ __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, 
 template <int T>
 __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &unit, int row_tile, u8 *memory,
                                              u32 ring_at, Ring &ring) {
-    const int lane = threadIdx.x & 31, t = lane & 3, part = threadIdx.x / 128, mine = own_row();
-    const int bits = unit.bits, row = of.first_row(PARTS * row_tile + part) + mine, num_groups = of.num_groups();
+    const int lane = threadIdx.x & 31, t = lane & 3, mine = 64 * (threadIdx.x / 128) + own_row(); // of the block's rows
+    const int bits = unit.bits, row = of.row_of(ROWS * row_tile + mine), num_groups = of.num_groups();
     const u16 *const scale_at = of.scales + ((i64)unit.slot * of.num_rows + row) * num_groups;
     const u16 *const scale_below = scale_at + of.apart() * num_groups;
     const u32 step = bits == 0 ? 0 : bits == 3 ? 2 * unit.step : unit.step, step1 = bits == 3 ? unit.step : 0;
@@ -99,7 +95,7 @@ __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &un
             scale_of[batch][0] = __ldg(scale_at + of.group_of(at_step, batch));
             scale_of[batch][1] = __ldg(scale_below + of.group_of(at_step, batch));
         }
-        const u8 *const here = memory + ring.stage * STAGE + part * PART;
+        const u8 *const here = memory + ring.stage * STAGE;
         const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.stage * GROUPS) + t;
         const int p = at_step & 1;
 
@@ -155,7 +151,7 @@ __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &un
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     nested_many(const u8 *__restrict__ x, const float2 *__restrict__ groups, int num_tiles,
-                const Map *__restrict__ maps, const u16 *__restrict__ scales, const int *__restrict__ pairs,
+                const u8 *__restrict__ plane, const u16 *__restrict__ scales, const int *__restrict__ pairs,
                 const Unit *__restrict__ units, const float *__restrict__ weights, float *__restrict__ out,
                 int num_rows, int num_columns) {
     extern __shared__ __align__(1024) u8 memory[];
@@ -170,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     __syncthreads();
     begin();
-    const Arguments of = {{num_columns}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows};
+    const Arguments of = {{num_columns}, x, groups, num_tiles, plane, scales, pairs, weights, out, num_rows};
     const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
     // Turned by a unit for each row tile: some are dear and some cheap, and every block should get all kinds.
     auto unit_of = [&](int at) { return (at + at / num_units) % num_units; };

@@ -16,9 +16,9 @@
 
 #include "nested_hopper.cuh"
 
-constexpr int PARTS = 3, ROWS = 64 * PARTS; // of a block
-constexpr int WORKERS = 128 * PARTS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int RUN = PARTS * PART; // bytes of a run of codes
+constexpr int WARPGROUPS = 3, ROWS = 64 * WARPGROUPS; // of a block
+constexpr int WORKERS = 128 * WARPGROUPS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
+constexpr int RUN = ROWS * GROUP; // bytes of a run of codes
 constexpr int TOKEN_SLOT = TILES * TILE_STEP, GROUPS = TILES * TILE_GROUPS; // of a step
 constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
 constexpr int BARRIERS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
@@ -42,12 +42,12 @@ typedef Ring<CODE_SLOTS, RUN, 0, BARRIERS_AT> Codes;
 typedef Ring<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
 
 struct Step : Arguments {
+    const Face *faces;
     // Of each tile that is cut, by the number of the block that has the end of it: sums of its beginning and of its
     // end, and how many of them are there.
     float *partial;
     int *arrived;
-    __device__ __forceinline__ int num_parts() const { return num_rows / (2 * BOX_ROWS); }
-    __device__ __forceinline__ int tiles() const { return (num_parts() + PARTS - 1) / PARTS; }
+    __device__ __forceinline__ int tiles() const { return (num_rows + ROWS - 1) / ROWS; }
     // Here steps with q = 0 come first: what a lane needs of scales in a step lies beside what it needs in the next.
     __device__ __forceinline__ int tokens_of(int step) const { return 2 * (step % pieces()) + run_of(step); } // which step
     __device__ __forceinline__ int run_of(int step) const { return step >= pieces(); }
@@ -55,37 +55,33 @@ struct Step : Arguments {
     __device__ __forceinline__ int group_of(int step, int batch) const {
         return step + ((batch & 2) + 4 * (batch & 1)) * pieces();
     }
-    // Where there is no part any more the last one is done again.
-    __device__ __forceinline__ int part_of(int tile, int part) const {
-        return min(tile * PARTS + part, num_parts() - 1);
-    }
+    // Of a strip. The last tile has some rows of the tile before, which writes them, where it would have too few.
+    __device__ __forceinline__ int first_row(int tile) const { return min(tile * ROWS, num_rows - ROWS); }
 };
 
 // One thread: all codes that a piece of work needs, in the order in which they are read.
 __device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u32 memory_at, Codes &ring) {
     const Meeting &meeting = *piece.meeting;
-    const int shared_row = meeting.slot * of.num_rows;
-    auto copy_run = [&](const Map *map, int column, int row) {
-        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+    const int first_row = of.first_row(piece.tile);
+    auto copy_run = [&](const u8 *plane, int byte) {
+        const u32 full = memory_at + ring.full();
         await_phase(memory_at + ring.empty(), ring.parity ^ 1);
         arrive_expecting(full, RUN);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            const int first = row + of.first_row(of.part_of(piece.tile, part));
-            copy_box(to + part * PART, map, column, first, full);
-            copy_box(to + part * PART + BOX_ROWS * GROUP, map, column, first + of.apart(), full);
-        }
+        of.copy_codes(memory_at + ring.at(), plane, byte, first_row, ROWS, full);
         ring.advance();
     };
+    const u8 *const shared = of.shared_plane(meeting.slot);
     const int run_bytes = COLUMNS / 8, own_run = meeting.bits == 1 ? 0 : run_bytes, tiles = meeting.tiles;
 #pragma unroll 1
     for (int step = piece.first; step < piece.last; step++) {
         const int p = of.run_of(step), j = of.column_of(step);
-        copy_run(of.maps, p * run_bytes + j, shared_row);
-        copy_run(of.maps, (p + 2) * run_bytes + j, shared_row);
+        copy_run(shared, p * run_bytes + j);
+        copy_run(shared, (p + 2) * run_bytes + j);
 #pragma unroll 1
-        for (int tile = 0; tile < tiles; tile += meeting.sizes[tile])
-            copy_run(own_map(of.maps, meeting.faces[tile], meeting.bits), p * own_run + j, 0);
+        for (int tile = 0; tile < tiles; tile += meeting.sizes[tile]) {
+            const Face &face = of.faces[meeting.faces[tile]];
+            copy_run(plane_of(face.at4, face.at2, face.at1, meeting.bits), p * own_run + j);
+        }
     }
 }
 
@@ -117,8 +113,8 @@ template <int HALVES> struct Worker {
     const u32 memory_at;
     Codes &codes;
     Tokens &tokens;
-    const int lane = threadIdx.x & 31, t = lane & 3, part = threadIdx.x / 128;
-    const int mine = own_row(), row = of.first_row(of.part_of(piece.tile, part)) + mine;
+    const int lane = threadIdx.x & 31, t = lane & 3, mine = 64 * (threadIdx.x / 128) + own_row(); // of the block's rows
+    const int row = of.row_of(of.first_row(piece.tile) + mine);
     const bool single = meeting.bits == 1; // bit: runs lie a bit apart
     float sums[4 * HALVES][2] = {};        // of a tile's token, both rows
     u16 scales[BATCHES][2];
@@ -131,7 +127,7 @@ template <int HALVES> struct Worker {
     }
     __device__ __forceinline__ void load_run(Words &words) {
         await_phase(memory_at + codes.full(), codes.parity);
-        load(words, memory + codes.at() + part * PART, mine, t);
+        load(words, memory + codes.at(), mine, t);
         release(codes.empty());
         codes.advance();
     }
@@ -267,6 +263,7 @@ template <int HALVES> struct Worker {
     }
 
     __device__ __forceinline__ void write() const {
+        if (of.first_row(piece.tile) + mine < piece.tile * ROWS) return; // they are the tile's before
 #pragma unroll
         for (int tile = 0; tile < 4 * HALVES; tile++) {
             if (tile >= meeting.tiles || t >= meeting.tokens[tile]) continue;
@@ -283,9 +280,9 @@ template <int HALVES> struct Worker {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     nested_meetings(const u8 *__restrict__ x, const float2 *__restrict__ groups, int num_tiles,
-                    const Map *__restrict__ maps, const u16 *__restrict__ scales, const int *__restrict__ pairs,
+                    const u8 *__restrict__ plane, const u16 *__restrict__ scales, const int *__restrict__ pairs,
                     const Meeting *__restrict__ meetings, const float *__restrict__ weights, float *__restrict__ out,
-                    int num_rows, int, float *__restrict__ partial, int *__restrict__ arrived) {
+                    int num_rows, int, const Face *__restrict__ faces, float *__restrict__ partial, int *__restrict__ arrived) {
     extern __shared__ __align__(1024) u8 memory[];
     begin();
     if (meetings[0].meetings == 0) return;
@@ -305,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     codes = {}, tokens = {};
     __syncthreads();
-    const Step of = {{{COLUMNS}, x, groups, num_tiles, maps, scales, pairs, weights, out, num_rows}, partial, arrived};
+    const Step of = {{{COLUMNS}, x, groups, num_tiles, plane, scales, pairs, weights, out, num_rows}, faces, partial, arrived};
     // As many registers in all as before: or warps wait for each other for ever.
     if (threadIdx.x >= WORKERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");

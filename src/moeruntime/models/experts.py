@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moeruntime.codes import NestedCode, PrivateCode, decode_planes
+from moeruntime.kernels.strips import lay_in_strips
 
 __all__ = ["DecodedCache", "DensePool", "ExpertPool", "NestedFace", "NestedPart", "NestedPool"]
 
@@ -121,12 +122,26 @@ class NestedPool:
         self._dtype = dtype
         self._cache = cache
         self._layer = layer
+        self._in_strips = False
 
     @property
     def num_faces(self) -> int:
         return len(self.faces)
 
+    def lay_in_strips(self) -> None:
+        """Put all planes as fast kernels want them, once. They are not decoded here any more."""
+        if self._in_strips:
+            return
+        self._in_strips = True
+        for idx, part in enumerate(self.parts):
+            for plane_SRJ in part.planes.values():
+                lay_in_strips(plane_SRJ, is_gate_up=idx == 0)
+            for face in self.faces:
+                for plane_RJ in face.private[idx][0].values():
+                    lay_in_strips(plane_RJ[None], is_gate_up=idx == 0)
+
     def weights(self, face: int) -> tuple[Tensor, Tensor]:
+        assert not self._in_strips
         key = (self._layer, face)
         decoded = self._cache.get(key)
         if decoded is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -270,7 +270,8 @@ def _kernel_pool(pool: ExpertPool, dtype: torch.dtype) -> KernelPool:
         for idx, part in enumerate((gate_up, down))
     )
     if fast:
-        gate_up, down = nested_fast.with_maps(gate_up), nested_fast.with_maps(down)
+        pool.lay_in_strips()
+        gate_up, down = replace(gate_up, in_strips=True), replace(down, in_strips=True)
     return CodedPool(gate_up, down, fast)
 
 
@@ -291,6 +292,7 @@ def _face_part(pool: NestedPool, idx: int) -> FacePart:
         faces_F6=torch.tensor(rows, device=part.scale.device),
         num_planes=max(len(face.private[idx][0]) for face in pool.faces),
         wide=any(face.private[idx][1].bits == 4 for face in pool.faces),
+        is_gate_up=idx == 0,
     )
 
 
