@@ -95,7 +95,7 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
     meetings_of[thread] = meets && leader == thread ? num_meetings : 0;
     __syncthreads();
     int at = 0, first_tile = 0;
-    for (int other = 0; other < thread; other++) at += num_of[other], first_tile += full_of[other];
+    for (int other = 0; other < min(thread, num_faces); other++) at += num_of[other], first_tile += full_of[other];
     if (!meets) {
         for (int first = 0; first < count && at < num_units; first += tokens, at++)
             units[at] = {face.at4, face.at2, face.at1, thread, (int)face.slot, (int)face.bits, (int)face.step,

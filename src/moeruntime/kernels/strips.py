@@ -3,8 +3,8 @@
 A file has a plane's rows one after the other. A program reads 128 bytes of some dozens of rows at
 a time: pieces that small, of rows that lie far apart, take longer than a run of memory does. So on
 the device a plane is a row of *strips*: the first 128 bytes of all rows, then the next. In
-gate_up's planes 16 neurons' rows of gate_proj are followed by their rows of up_proj, so that one run
-has both. Of every other row of a strip the halves are exchanged, as shared memory wants it.
+gate_up's planes 16 neurons' rows of gate_proj are followed by their rows of up_proj, so that one
+run has both. Of every other row of a strip the halves are exchanged, as shared memory wants it.
 
 Legend: S matrices, R rows, J bytes of a row.
 """
