@@ -118,11 +118,11 @@ class Step:
         self.x_TH = torch.randn(num_tokens, HIDDEN, device=DEVICE)
         self.scratch = ByteRows(self.lists, num_tokens, HIDDEN, INNER)
 
-    def run(self, cut: Cut | None) -> tuple[Tensor, Tensor]:
+    def run(self, cut: Cut | None, num_parts: int = 1) -> tuple[Tensor, Tensor]:
         """What gate_up and down make, of places that were poisoned."""
         num_pairs = self.chosen_TK.numel()
         inner = torch.full((num_pairs, INNER), torch.nan, device=DEVICE)
-        out = torch.full((num_pairs, 1, HIDDEN), torch.nan, device=DEVICE)
+        out = torch.full((num_pairs, num_parts, HIDDEN), torch.nan, device=DEVICE)
         lists, scratch = self.lists, self.scratch
         nested_fast.gate_up(self.x_TH, self.gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
         nested_fast.down(inner, self.down, lists, 0, scratch, out_MSH=out, cut=cut)
@@ -167,6 +167,17 @@ def test_every_pair_is_what_decoding_first_gives(
         assert error(inner[mine], expected) <= 1e-3
         expected = inner[mine].float() @ step.down_FRC[face].T * weights_M[mine, None]
         assert error(out[mine, 0], expected) <= 1e-3
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("faces", [MIXED, THREES], ids=["mixed", "threes"])
+def test_parts_of_down_add_up(faces: Faces, tiles: int, num_parts: int) -> None:
+    step = Step(faces, num_tokens=9)
+    _, whole = step.run(Cut(tiles))
+    _, parts = step.run(Cut(tiles), num_parts)
+    assert parts.isfinite().all()
+    assert error(parts.sum(1), whole[:, 0]) <= 1e-5
 
 
 @pytest.mark.parametrize("meeting", [8, 12])

@@ -24,6 +24,7 @@ __all__ = [
     "MEETING_ROWS",
     "MEETING_THREADS",
     "MOST_PROGRAMS",
+    "PROGRAMS_AT_ONCE",
     "ROWS",
     "SMALL_MEETING",
     "TILE",
@@ -37,6 +38,9 @@ __all__ = [
 
 WARPS, ROWS = 4, 32
 """Warps of a program of `nested_fast.cu`, and rows of weights that it takes at a turn."""
+
+PROGRAMS_AT_ONCE = 4
+"""Of `nested_fast.cu`, on a multiprocessor, where faces have few tokens."""
 
 MANY_THREADS, MANY_ROWS = 384, 128
 """Threads of a program of `nested_many.cu`, and rows that it takes at a time."""

@@ -17,7 +17,8 @@
 // four weights at a time, which never carries into the next byte.
 //
 // A block takes 32 rows of one face (of gate_up 16 neurons' gate and up rows) and up to TOKENS of its
-// tokens, then the same tokens with the next 32 rows, `turns` times. Each of its four warps takes one
+// tokens, then the same tokens with the next 32 rows, `turns` times. Of down it may be one of several blocks that
+// have a part of the columns each: whoever reads what they leave adds it up. Each of its four warps takes one
 // run of the shared codes. What comes next is copied into shared memory in the meantime. Tried and no
 // faster: faces of one slot together in a block; 64 rows; more warps with fewer registers.
 //
@@ -77,7 +78,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
     const int apart = GATE_UP ? num_rows / 2 : ROWS / 2, next = GATE_UP ? ROWS / 2 : ROWS;
     const int first = blockIdx.y * turns * next;
     auto row_of = [&](int row) { return first + row / (ROWS / 2) * apart + row % (ROWS / 2); };
-    const int J = num_columns / 8, num_groups = num_columns / GROUP, steps = J / GROUP;
+    const int J = num_columns / 8, num_groups = num_columns / GROUP, all_steps = J / GROUP;
+    const int parts = gridDim.z, steps = all_steps / parts, begin_at = blockIdx.z * steps; // of all_steps
 
     // Shared memory: stages of codes; scales of this turn and the next, rows 16 bytes longer than they need
     // to be, so that eight of them are in different banks; the warps' sums, in place of codes in a single turn.
@@ -96,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
     int copies = 0, copied = 0; // stages so far, and of this turn
     auto copy_stage = [&] {
         if (copies < turns * steps) {
-            const int j = copied * GROUP; // bytes of each row
+            const int j = (begin_at + copied) * GROUP; // bytes of each row
             if (copied == 0) {
                 const int turn = copies / steps;
                 for (int i = thread; i < ROWS * num_groups / 8; i += 32 * WARPS) { // 8 scales of a row
@@ -139,8 +141,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
     for (int tile = 0; tile < TILES; tile++) {
         const int in = 4 * tile + (g >> 1), of = 4 * tile + t;
         const int pair = pairs[in < tokens ? in : 0], pair_of = pairs[of < tokens ? of : 0];
-        token_x[tile] = x + ((i64)(GATE_UP ? pair / top_k : pair) * 2 + (g & 1)) * num_columns + q * J + 16 * t;
-        token_groups[tile] = groups + ((i64)(GATE_UP ? pair_of / top_k : pair_of) * num_columns + q * J) / GROUP;
+        const i64 in_row = GATE_UP ? pair / top_k : pair, of_row = GATE_UP ? pair_of / top_k : pair_of;
+        token_x[tile] = x + (in_row * 2 + (g & 1)) * num_columns + q * J + begin_at * GROUP + 16 * t;
+        token_groups[tile] = groups + of_row * num_groups + q * all_steps + begin_at;
     }
     const u32 step = bits == 0 ? 0 : bits == 3 ? 2 * unit.step : unit.step, step1 = bits == 3 ? unit.step : 0;
     const float middle = 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
@@ -163,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
     auto fetch_groups = [&](int field, int at) {
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
-            groups_of[field][tile] = __ldg(token_groups[tile] + 4 * field * steps + at);
+            groups_of[field][tile] = __ldg(token_groups[tile] + 4 * field * all_steps + at);
     };
 #pragma unroll
     for (int field = 0; field < 2; field++) fetch_tokens(field, 0), fetch_groups(field, 0);
@@ -218,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
                         }
                     }
                 fetch_tokens(field, at_next);
-                const int group = (q + 4 * field) * steps + at;
+                const int group = (q + 4 * field) * all_steps + begin_at + at;
                 const u8 *const scale = scales_of + ((turn & 1) * ROWS + g) * scale_stride + 2 * group;
 #pragma unroll
                 for (int i = 0; i < 4; i++) { // row g + 8 i
@@ -264,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
                 const float gate = total(row, token);
                 out[pair * (num_rows / 2) + to_row] = gate / (1.f + __expf(-gate)) * total(row + ROWS / 2, token);
             } else {
-                out[pair * num_rows + to_row] = total(row, token) * weights[pair];
+                out[(pair * parts + blockIdx.z) * num_rows + to_row] = total(row, token) * weights[pair];
             }
         }
     }

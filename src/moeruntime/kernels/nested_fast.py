@@ -22,6 +22,7 @@ from moeruntime.kernels.face_parts import (
     MEETING_ROWS,
     MEETING_THREADS,
     MOST_PROGRAMS,
+    PROGRAMS_AT_ONCE,
     ROWS,
     TILE,
     WARPS,
@@ -31,7 +32,7 @@ from moeruntime.kernels.face_parts import (
 )
 from moeruntime.kernels.nvrtc import compile_kernel
 
-__all__ = ["down", "gate_up", "most_pairs"]
+__all__ = ["down", "down_parts", "gate_up", "most_pairs"]
 
 SOURCE = Path(__file__).with_suffix(".cu")
 HALVES_SOURCE = SOURCE.with_name("nested_halves.cu")
@@ -49,6 +50,14 @@ MAX_SHARED_BYTES = 227 * 1024
 
 TOKEN_SLOTS = 2
 """Of the ring that a program of `nested_meetings.cu` copies tokens into."""
+
+
+def down_parts(part: FacePart, num_pairs: int) -> int:
+    """In how many parts `down` is fastest: two where one leaves half of the device idle."""
+    num_programs = num_pairs * part.num_rows // ROWS
+    places = PROGRAMS_AT_ONCE * _device(part.scale_SRG.device)[0]
+    can_part = part.num_columns // (8 * GROUP) % 2 == 0
+    return 2 if can_part and 2 * num_programs <= places else 1
 
 
 def most_pairs(device: torch.device) -> int:
@@ -81,7 +90,7 @@ def down(
     out_MSH: Tensor,
     cut: Cut | None = None,
 ) -> None:
-    """down_proj of every pair, times its routing weight, as `experts.down`; in one part."""
+    """down_proj of every pair, times its routing weight, in parts, as `experts.down`."""
     _launch(x_MI, part, lists, layer, scratch, len(x_MI), out_MSH, cut, is_gate_up=False)
 
 
@@ -104,6 +113,9 @@ def _launch(
     faces_a_slot = num_faces / len(part.planes[4]) if part.may_meet else 1.0
     cut = cut or Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
     cut = _fitting(part, cut)
+    num_parts = 1 if is_gate_up else out.shape[1]
+    if num_parts > 1:
+        assert not cut.many and part.num_columns // (8 * GROUP) % num_parts == 0
     num_units = lists.num_tiles(num_pairs, cut.tokens)
     num_tiles = lists.num_tiles(num_pairs, TILE)
     num_rows = TILE * num_tiles if cut.many else len(x)  # that become integers
@@ -163,7 +175,7 @@ def _launch(
         return
     turns = cut.turns if is_gate_up else 1
     compile_kernel(SOURCE, "nested", tuple(defines.items()))(
-        (num_units, part.num_rows // (ROWS * turns), 1),
+        (num_units, part.num_rows // (ROWS * turns), num_parts),
         32 * WARPS,
         (
             scratch.values, scratch.groups, part.planes[4], part.scale_SRG,

@@ -26,8 +26,7 @@ from moeruntime.kernels.shapes import tile_rows
 from moeruntime.kernels.upload import uploader
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.decode_buffers import StepBuffers, StepShapes, batch_sizes
-from moeruntime.models.experts import DensePool
-from moeruntime.models.fused import FusedDecoder, down, expert_dtype, gate_up
+from moeruntime.models.fused import FusedDecoder, down, down_parts, expert_dtype, gate_up
 
 __all__ = ["DecodeGraphs"]
 
@@ -150,8 +149,7 @@ class DecodeGraphs:
                 out_TH=routed,
             )
             gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, buffers.byte_rows, inner)
-            # Coded experts come in one part.
-            num_parts = shapes.down.parts if isinstance(pool, DensePool) else 1
+            num_parts = down_parts(pool, shapes.down, pairs)
             found = cut(buffers.down_parts, pairs, num_parts)
             down(pool, inner, buffers.lists, layer, shapes.down, buffers.byte_rows, found)
             parts = found.view(size, config.top_k * num_parts, hidden)

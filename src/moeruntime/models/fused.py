@@ -236,6 +236,13 @@ def gate_up(
         nested.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
 
 
+def down_parts(pool: KernelPool, shape: Shape, num_pairs: int) -> int:
+    """In how many parts `down` of so many pairs leaves its sums."""
+    if isinstance(pool, DensePool):
+        return shape.parts
+    return nested_fast.down_parts(pool.down, num_pairs) if pool.fast else 1
+
+
 def down(
     pool: KernelPool,
     x_MI: Tensor,
