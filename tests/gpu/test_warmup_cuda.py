@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,35 @@ def test_no_kernel_of_nested_experts_is_compiled_once_warm(
             params = SamplingParams(max_tokens=2)
             engine.generate([Request(name, [1] * length, params) for name in some])
         assert compiled == []
+
+
+def test_a_capture_survives_what_an_engine_before_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left:
+        """Nobody's, and only a collection finds that out."""
+
+        def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+            self.graph, self.itself = graph, self
+
+    source = SyntheticSource("mixtral-mini", num_variants=1)
+    with Engine(source, device="cuda", max_sequences=2) as engine:
+        warm_up(engine)
+        assert engine.graphs is not None
+        left = [step.graph for step in engine.graphs._steps.values()]
+        engine.graphs._steps.clear()
+    with Engine(source, device="cuda", max_sequences=2) as engine:
+        assert engine.graphs is not None
+        forward = engine.graphs.forward
+
+        def leave_and_go_on(*arguments: Any) -> None:
+            if left and torch.cuda.is_current_stream_capturing():
+                Left(left.pop())
+            forward(*arguments)
+
+        monkeypatch.setattr(engine.graphs, "forward", leave_and_go_on)
+        before = gc.get_threshold()
+        gc.set_threshold(1)
+        try:
+            warm_up(engine)
+        finally:
+            gc.set_threshold(*before)
+        assert left == [], "captures met what was left"

@@ -53,11 +53,12 @@ TOKEN_SLOTS = 2
 
 
 def down_parts(part: FacePart, num_pairs: int) -> int:
-    """In how many parts `down` is fastest: two where one leaves half of the device idle."""
+    """In how many parts `down` is fastest: two, unless all of its programs just run at once."""
     num_programs = num_pairs * part.num_rows // ROWS
     places = PROGRAMS_AT_ONCE * _device(part.scale_SRG.device)[0]
+    at_once = places // 2 < num_programs <= places
     can_part = part.num_columns // (8 * GROUP) % 2 == 0
-    return 2 if can_part and 2 * num_programs <= places else 1
+    return 2 if can_part and not at_once and not _cut(part, num_pairs).many else 1
 
 
 def most_pairs(device: torch.device) -> int:
@@ -109,10 +110,8 @@ def _launch(
     assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
     assert part.in_strips and part.is_gate_up == is_gate_up
     num_faces = len(part.faces_F6)
-    num_multiprocessors, hopper = _device(x.device)
-    faces_a_slot = num_faces / len(part.planes[4]) if part.may_meet else 1.0
-    cut = cut or Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
-    cut = _fitting(part, cut)
+    num_multiprocessors, _ = _device(x.device)
+    cut = _fitting(part, cut or _cut(part, num_pairs))
     num_parts = 1 if is_gate_up else out.shape[1]
     if num_parts > 1:
         assert not cut.many and part.num_columns // (8 * GROUP) % num_parts == 0
@@ -184,6 +183,14 @@ def _launch(
         ),
         shared_bytes=_shared_bytes(part, cut, turns),
     )  # fmt: skip
+
+
+def _cut(part: FacePart, num_pairs: int) -> Cut:
+    """What is fastest for so many pairs."""
+    num_faces = len(part.faces_F6)
+    faces_a_slot = num_faces / len(part.planes[4]) if part.may_meet else 1.0
+    hopper = _device(part.scale_SRG.device)[1]
+    return Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
 
 
 def _shared_bytes(part: FacePart, cut: Cut, turns: int) -> int:

@@ -51,11 +51,11 @@ constexpr int MOST_FACES = 128;
 
 static_assert(sizeof(Unit) <= 4 * 48 && sizeof(Meeting) <= 4 * 48, "UNIT_WORDS of face_parts.py");
 
-// What a step of a meeting costs, in multiplied tokens and codes made ready for them.
+// What a step of a meeting costs, in multiplied tokens, and codes fetched and made ready for them.
 __device__ __forceinline__ int cost_of(const Meeting &meeting) {
-    int cost = 1 + (meeting.tiles + 3) / 4 * 5;
+    int cost = 3 + (meeting.tiles + 3) / 4 * 5;
     for (int tile = 0; tile < meeting.tiles; tile += meeting.sizes[tile])
-        cost += meeting.sizes[tile] == 4 ? 6 : meeting.sizes[tile] + 2;
+        cost += meeting.sizes[tile] == 4 ? 7 : meeting.sizes[tile] + 3;
     return cost;
 }
 

@@ -12,7 +12,9 @@ Legend: T rows of the batch, R resident slots, H hidden, I intermediate, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -227,5 +229,17 @@ class _Step:
         with torch.cuda.stream(stream):
             graphs.forward(size, self.tiles)
         torch.cuda.current_stream(inputs.device).wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool):
+        with _no_collection(), torch.cuda.graph(self.graph, pool=pool):
             graphs.forward(size, self.tiles)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep what an engine before left from being freed: a capture does not survive that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
