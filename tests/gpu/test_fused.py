@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from moeruntime import Engine
+from moeruntime import Engine, synthetic
 from moeruntime.loading import Loader, load_experts
 from moeruntime.models import Batch, Decoder
 from moeruntime.models.batch import Span, token_groups
@@ -29,6 +29,13 @@ def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
+@pytest.fixture(autouse=True)
+def fast_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least whose nested experts go the fast way, in bfloat16."""
+    config = synthetic._scaled(hidden=1024, inner=2048, layers=2, vocab=512, context=512)
+    monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "fast", config)
+
+
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Of the median row: in bfloat16 a token now and then goes to another expert."""
     difference_N = (actual.float() - expected.float()).norm(dim=-1)
@@ -37,7 +44,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("model", ["mixtral-tiny", "mixtral-mini"])
+@pytest.mark.parametrize("model", ["mixtral-tiny", "mixtral-mini", "fast"])
 def test_prompts_and_decodes_of_mixed_variants(model: str, code: str, dtype: str) -> None:
     """Three sequences of two variants: prompts first, then steps by graph, all at once."""
     source = SyntheticSource(model, num_variants=3, code=code)
