@@ -10,12 +10,12 @@
 // A batch of a step (`Columns`) is four products of 64 rows and 32 columns a warpgroup.
 //
 // There is a block for every multiprocessor. One thread has steps copied into a ring by the copy engine, of one
-// piece of work after the other; two warpgroups multiply, and never wait for each other but to put gate and up
-// together. Tried and no faster: two smaller blocks a multiprocessor; a slot's shared codes fetched once for all
-// of its faces, or put together with the private codes of four faces one after the other. H and L
-// multiplied by themselves, H with the tokens of four faces at once, is an eighth faster for about four
-// tokens of each, and slower for more or for one face. In field 1 H could be used where it lies, if twice
-// the sum fitted a byte: it does not, as it may be 134.
+// piece of work after the other; two warpgroups multiply 64 rows each, and never wait for each other: a lane has
+// a neuron's gate and up row. Tried and no faster: two smaller blocks a multiprocessor; a slot's shared codes
+// fetched once for all of its faces, or put together with the private codes of four faces one after the other.
+// H and L multiplied by themselves, H with the tokens of four faces at once, is an eighth faster for about four
+// tokens of each, and slower for more or for one face. In field 1 H could be used where it lies, if twice the
+// sum fitted a byte: it does not, as it may be 134.
 //
 // Compiled with GATE_UP, TILES (2, 4, 8 or 12), PLANES (private planes that a face has at most: three bits
 // are two), WIDE (somebody has a private plane of 4 bits) and STAGES (of the ring).
