@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,16 @@ def test_a_capture_survives_what_an_engine_before_left(monkeypatch: pytest.Monke
         finally:
             gc.set_threshold(*before)
         assert left == [], "captures met what was left"
+
+
+def test_an_engine_that_nobody_has_is_gone_at_once() -> None:
+    source = SyntheticSource("mixtral-mini", num_variants=2, code="4+2")
+    gc.disable()
+    try:
+        with Engine(source, device="cuda", max_sequences=2) as engine:
+            warm_up(engine)
+        parts = [weakref.ref(part) for part in (engine, engine.graphs, engine.model)]
+        del engine
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()

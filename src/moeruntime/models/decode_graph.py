@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,8 +65,9 @@ class DecodeGraphs:
             Logits [T, V] in float32, and the likeliest tokens [T], which the next step begins with
             unless they are overwritten. Both belong to this object and last until the next step.
         """
-        step = self._step(self._size(len(spans)))
-        step.set(spans)
+        size = self._size(len(spans))
+        step = self._step(size)
+        self._set(size, step, spans)
         step.graph.replay()
         return self.buffers.logits[: len(spans)], self.buffers.inputs[0, : len(spans)]
 
@@ -85,9 +87,7 @@ class DecodeGraphs:
 
     def _step(self, size: int) -> _Step:
         if size not in self._steps:
-            step = _Step(self, size)
-            self._steps[size] = step
-            step.capture(self._pool)
+            step = self._steps[size] = self._capture(size)
             self._pool = self._pool or step.graph.pool()
         return self._steps[size]
 
@@ -183,19 +183,9 @@ class DecodeGraphs:
             self.buffers.inputs.device,
         )
 
-
-class _Step:
-    """One size of batch: its graph, and the host memory its inputs are sent from."""
-
-    def __init__(self, graphs: DecodeGraphs, size: int) -> None:
-        self._graphs, self._size = graphs, size
-        device = graphs.buffers.inputs.device
-        self.tiles = torch.full((3, graphs.num_tiles(size)), -1, dtype=torch.int32, device=device)
-        self.graph = torch.cuda.CUDAGraph()
-
-    def set(self, spans: Sequence[Span]) -> None:
+    def _set(self, size: int, step: _Step, spans: Sequence[Span]) -> None:
         """Send a step's inputs; rows past the last sequence meet nothing."""
-        graphs, buffers, size = self._graphs, self._graphs.buffers, self._size
+        buffers = self.buffers
         idle = [0] * (size - len(spans))
         inputs = torch.tensor(
             [
@@ -207,7 +197,7 @@ class _Step:
         )
         groups = token_groups(span.slot for span in spans)
         tiles = torch.tensor(
-            tile_rows(groups, graphs.tile_tokens(size), self.tiles.shape[1]), dtype=torch.int32
+            tile_rows(groups, self.tile_tokens(size), step.tiles.shape[1]), dtype=torch.int32
         )
         width = max(len(span.block_table) for span in spans)
         tables = torch.tensor(
@@ -216,21 +206,33 @@ class _Step:
         )
         upload = uploader(buffers.inputs.device)
         upload.send(inputs, buffers.inputs[:, :size])
-        upload.send(tiles, self.tiles)
+        upload.send(tiles, step.tiles)
         upload.send(tables, buffers.tables[: len(spans), :width])
 
-    def capture(self, pool: Any) -> None:
+    def _capture(self, size: int) -> _Step:
         """Compile what has to be compiled, then record the launches."""
-        graphs, size, inputs = self._graphs, self._size, self._graphs.buffers.inputs
+        inputs = self.buffers.inputs
+        device = inputs.device
+        tiles = torch.full((3, self.num_tiles(size)), -1, dtype=torch.int32, device=device)
         inputs[:, :size] = 0
         inputs[3, :size] = -1  # nothing reads or writes the cache
-        stream = torch.cuda.Stream(inputs.device)
-        stream.wait_stream(torch.cuda.current_stream(inputs.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            graphs.forward(size, self.tiles)
-        torch.cuda.current_stream(inputs.device).wait_stream(stream)
-        with _no_collection(), torch.cuda.graph(self.graph, pool=pool):
-            graphs.forward(size, self.tiles)
+            self.forward(size, tiles)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+            self.forward(size, tiles)
+        return _Step(tiles, graph)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One size of batch: its graph, and which tiles of one slot its rows form."""
+
+    tiles: Tensor
+    graph: torch.cuda.CUDAGraph
 
 
 @contextmanager
