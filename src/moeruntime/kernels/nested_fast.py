@@ -1,13 +1,14 @@
 """The experts of a step over nested codes, at the speed of their bytes.
 
-`nested_fast.cu` serves few tokens of a face, `nested_many.cu` many, on a Hopper device. For the
-codes and shapes of real models (`is_fast`); `nested` serves all others. Activations go in and out
-as float32; inside they are integers of 15 bits, in groups with a scale each.
+`nested_fast.cu` serves few tokens of a face; on a Hopper device `nested_many.cu` serves many, and
+`nested_meetings.cu` faces of a slot together. For the codes and shapes of real models (`is_fast`);
+`nested` serves all others. Activations go in and out as float32; inside they are integers of 15
+bits, in groups with a scale each, as `nested_halves.cu` makes them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -77,8 +78,10 @@ def gate_up(
     cut: Cut | None = None,
 ) -> None:
     """silu(gate_proj x) * (up_proj x) of every pair, as `experts.gate_up`."""
+    assert part.is_gate_up
     num_pairs = x_TH.shape[0] * lists.weights_TK.shape[1]
-    _launch(x_TH, part, lists, layer, scratch, num_pairs, out_MI, cut, is_gate_up=True)
+    cut = _fitting(part, cut or _cut(part, num_pairs))
+    _Product(x_TH, part, lists, layer, scratch, num_pairs, out_MI, 1, cut).launch()
 
 
 def down(
@@ -92,97 +95,141 @@ def down(
     cut: Cut | None = None,
 ) -> None:
     """down_proj of every pair, times its routing weight, in parts, as `experts.down`."""
-    _launch(x_MI, part, lists, layer, scratch, len(x_MI), out_MSH, cut, is_gate_up=False)
-
-
-def _launch(
-    x: Tensor,
-    part: FacePart,
-    lists: FaceLists,
-    layer: int,
-    scratch: ByteRows,
-    num_pairs: int,
-    out: Tensor,
-    cut: Cut | None,
-    *,
-    is_gate_up: bool,
-) -> None:
-    assert x.dtype == out.dtype == torch.float32 and x.is_contiguous()
-    assert part.in_strips and part.is_gate_up == is_gate_up
-    num_faces = len(part.faces_F6)
-    num_multiprocessors, _ = _device(x.device)
+    assert not part.is_gate_up
+    num_pairs, num_parts = out_MSH.shape[:2]
     cut = _fitting(part, cut or _cut(part, num_pairs))
-    num_parts = 1 if is_gate_up else out.shape[1]
     if num_parts > 1:
         assert not cut.many and part.num_columns // (8 * GROUP) % num_parts == 0
-    num_units = lists.num_tiles(num_pairs, cut.tokens)
-    num_tiles = lists.num_tiles(num_pairs, TILE)
-    num_rows = TILE * num_tiles if cut.many else len(x)  # that become integers
-    most_to_meet = cut.meet if part.may_meet else 0
-    meetings = scratch.units[len(scratch.units) // 2 :]
-    groups_a_row = part.num_columns // GROUP
-    compile_kernel(HALVES_SOURCE, "halves", (("TILED", int(cut.many)),))(
-        (-(-num_rows * groups_a_row // 4) + 1, 1, 1),
-        128,
-        (
-            x, scratch.values, scratch.groups, num_rows, groups_a_row, num_pairs // len(x),
-            part.faces_F6, lists.counts_LF[layer], lists.pairs_LFC[layer], num_faces,
-            scratch.units, num_units, cut.tokens, lists.pairs_LFC.shape[2],
-            meetings, cut.meeting, most_to_meet,
-            scratch.arrived, len(scratch.arrived) if most_to_meet else 0,
-        ),
-        shared_bytes=0,
-    )  # fmt: skip
-    defines = {
-        "GATE_UP": int(is_gate_up),
-        "TILES": cut.tiles,
-        "PLANES": part.num_planes,
-        "WIDE": int(part.wide),
-    }
+    _Product(x_MI, part, lists, layer, scratch, num_pairs, out_MSH, num_parts, cut).launch()
 
-    def of_tiles(units: Tensor) -> tuple[Tensor | int, ...]:
-        return (
-            scratch.values, scratch.groups, num_tiles, part.planes[4], part.scale_SRG,
-            lists.pairs_LFC[layer], units, lists.weights_TK, out,
-            part.num_rows, part.num_columns,
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """Codes of a layer times what each face is to serve: two launches, or three."""
+
+    x: Tensor
+    part: FacePart
+    lists: FaceLists
+    layer: int
+    scratch: ByteRows
+    num_pairs: int
+    out: Tensor
+    num_parts: int
+    cut: Cut
+
+    def launch(self) -> None:
+        assert self.x.dtype == self.out.dtype == torch.float32 and self.x.is_contiguous()
+        assert self.part.in_strips
+        self._make_integers()
+        if self._most_to_meet:
+            self._serve_meetings()
+        if self.cut.many:
+            self._serve_many()
+        else:
+            self._serve_few()
+
+    @property
+    def _most_to_meet(self) -> int:
+        """Tokens of a face that may meet others."""
+        return self.cut.meet if self.part.may_meet else 0
+
+    @property
+    def _num_units(self) -> int:
+        return self.lists.num_tiles(self.num_pairs, self.cut.tokens)
+
+    @property
+    def _num_tiles(self) -> int:
+        """Of four tokens of a face."""
+        return self.lists.num_tiles(self.num_pairs, TILE)
+
+    @property
+    def _meetings(self) -> Tensor:
+        """Their list, behind that of the units."""
+        units = self.scratch.units
+        return units[len(units) // 2 :]
+
+    @property
+    def _num_multiprocessors(self) -> int:
+        return _device(self.x.device)[0]
+
+    def _make_integers(self) -> None:
+        """And list what is to be done with them."""
+        part, cut, lists, scratch = self.part, self.cut, self.lists, self.scratch
+        num_rows = TILE * self._num_tiles if cut.many else len(self.x)
+        groups_a_row = part.num_columns // GROUP
+        num_cuts = len(scratch.arrived) if self._most_to_meet else 0
+        compile_kernel(HALVES_SOURCE, "halves", (("TILED", int(cut.many)),))(
+            (-(-num_rows * groups_a_row // 4) + 1, 1, 1),
+            128,
+            (
+                self.x, scratch.values, scratch.groups,
+                num_rows, groups_a_row, self.num_pairs // len(self.x),
+                part.faces_F6, lists.counts_LF[self.layer], lists.pairs_LFC[self.layer],
+                len(part.faces_F6), scratch.units, self._num_units, cut.tokens,
+                lists.pairs_LFC.shape[2], self._meetings, cut.meeting, self._most_to_meet,
+                scratch.arrived, num_cuts,
+            ),
+            shared_bytes=0,
         )  # fmt: skip
 
-    if most_to_meet:
-        code_slots, shared_bytes = _meeting_rings(cut)
-        of_meetings = {
-            "GATE_UP": int(is_gate_up),
+    def _serve_few(self) -> None:
+        part, lists, scratch = self.part, self.lists, self.scratch
+        turns = self.cut.turns if part.is_gate_up else 1
+        compile_kernel(SOURCE, "nested", self._defines())(
+            (self._num_units, part.num_rows // (ROWS * turns), self.num_parts),
+            32 * WARPS,
+            (
+                scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
+                lists.pairs_LFC[self.layer], scratch.units, lists.weights_TK, self.out,
+                part.num_rows, part.num_columns, lists.weights_TK.shape[1], turns,
+            ),
+            shared_bytes=_shared_bytes(part, self.cut, turns),
+        )  # fmt: skip
+
+    def _serve_many(self) -> None:
+        stages, shared_bytes = _ring(self.part, self.cut)
+        most_work = self._num_units * (self.part.num_rows // MANY_ROWS)
+        compile_kernel(MANY_SOURCE, "nested_many", (*self._defines(), ("STAGES", stages)))(
+            (min(most_work, self._num_multiprocessors), 1, 1),
+            MANY_THREADS,
+            self._of_tiles(self.scratch.units),
+            shared_bytes=shared_bytes,
+        )
+
+    def _serve_meetings(self) -> None:
+        part, scratch = self.part, self.scratch
+        code_slots, shared_bytes = _meeting_rings(self.cut)
+        defines = {
+            "GATE_UP": int(part.is_gate_up),
             "COLUMNS": part.num_columns,
-            "TILES": cut.meeting,
+            "TILES": self.cut.meeting,
             "CODE_SLOTS": code_slots,
             "TOKEN_SLOTS": TOKEN_SLOTS,
         }
-        compile_kernel(MEETINGS_SOURCE, "nested_meetings", tuple(of_meetings.items()))(
-            (min(num_multiprocessors, MOST_PROGRAMS), 1, 1),
+        compile_kernel(MEETINGS_SOURCE, "nested_meetings", tuple(defines.items()))(
+            (min(self._num_multiprocessors, MOST_PROGRAMS), 1, 1),
             MEETING_THREADS,
-            (*of_tiles(meetings), part.faces_F6, scratch.partial, scratch.arrived),
+            (*self._of_tiles(self._meetings), part.faces_F6, scratch.partial, scratch.arrived),
             shared_bytes=shared_bytes,
         )
-    if cut.many:
-        stages, shared_bytes = _ring(part, cut)
-        most_work = num_units * (part.num_rows // MANY_ROWS)
-        compile_kernel(MANY_SOURCE, "nested_many", (*defines.items(), ("STAGES", stages)))(
-            (min(most_work, num_multiprocessors), 1, 1),
-            MANY_THREADS,
-            of_tiles(scratch.units),
-            shared_bytes=shared_bytes,
+
+    def _defines(self) -> tuple[tuple[str, int], ...]:
+        part = self.part
+        return (
+            ("GATE_UP", int(part.is_gate_up)),
+            ("TILES", self.cut.tiles),
+            ("PLANES", part.num_planes),
+            ("WIDE", int(part.wide)),
         )
-        return
-    turns = cut.turns if is_gate_up else 1
-    compile_kernel(SOURCE, "nested", tuple(defines.items()))(
-        (num_units, part.num_rows // (ROWS * turns), num_parts),
-        32 * WARPS,
-        (
-            scratch.values, scratch.groups, part.planes[4], part.scale_SRG,
-            lists.pairs_LFC[layer], scratch.units, lists.weights_TK, out,
-            part.num_rows, part.num_columns, lists.weights_TK.shape[1], turns,
-        ),
-        shared_bytes=_shared_bytes(part, cut, turns),
-    )  # fmt: skip
+
+    def _of_tiles(self, work: Tensor) -> tuple[Tensor | int, ...]:
+        """What kernels that take tokens in tiles are told."""
+        part, lists, scratch = self.part, self.lists, self.scratch
+        return (
+            scratch.values, scratch.groups, self._num_tiles, part.planes[4], part.scale_SRG,
+            lists.pairs_LFC[self.layer], work, lists.weights_TK, self.out,
+            part.num_rows, part.num_columns,
+        )  # fmt: skip
 
 
 def _cut(part: FacePart, num_pairs: int) -> Cut:

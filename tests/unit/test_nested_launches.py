@@ -1,0 +1,112 @@
+"""What `nested_fast` asks of a device: that there is room for everything a kernel writes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeruntime.kernels import nested_fast
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import TILE, UNIT_WORDS, ByteRows, Cut, FacePart
+
+HIDDEN, INNER, SLOTS, TOP_K = 1024, 2048, 8, 2
+MAX_SHARED_BYTES = 227 * 1024
+CPU = torch.device("cpu")
+CUTS = [
+    None,
+    *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (4, 1))),
+    *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
+    *(Cut(8, many=True, meet=32, meeting=tiles) for tiles in (8, 12)),
+]
+Launch = tuple[str, tuple[int, int, int], Sequence[Any], int]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Those that a Hopper device would have been given."""
+    made: list[Launch] = []
+
+    def compile_kernel(path: Path, name: str, defines: object) -> Callable[..., None]:
+        def launch(
+            grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], *, shared_bytes: int
+        ) -> None:
+            made.append((name, grid, arguments, shared_bytes))
+
+        return launch
+
+    monkeypatch.setattr(nested_fast, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(nested_fast, "_device", lambda device: (132, True))
+    return made
+
+
+def make_part(variants: int, num_planes: int, *, wide: bool, is_gate_up: bool) -> FacePart:
+    rows, columns = (2 * INNER, HIDDEN) if is_gate_up else (HIDDEN, INNER)
+    return FacePart(
+        rows, columns, 4, 128, {4: torch.zeros(SLOTS, rows, 1, dtype=torch.uint8)},
+        torch.zeros(SLOTS, rows, columns // 128),
+        torch.zeros(SLOTS * variants, 6, dtype=torch.int64),
+        num_planes, wide, is_gate_up, in_strips=True,
+    )  # fmt: skip
+
+
+def most_that_pairs_form(num_pairs: int, num_faces: int, tokens: int) -> int:
+    """Runs of up to `tokens` of a face: the most that some thousand steps have."""
+    numbers, most = random.Random(1), 0
+    for _ in range(300):
+        kinds = numbers.randint(1, num_faces)
+        counts = [0] * num_faces
+        for _ in range(num_pairs):
+            counts[numbers.randrange(kinds)] += 1
+        most = max(most, sum(-(-count // tokens) for count in counts))
+    return most
+
+
+@pytest.mark.parametrize(("variants", "num_planes", "wide"), [(1, 1, 0), (4, 1, 0), (3, 2, 1)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 24, 128])
+def test_a_step_has_room(
+    launches: list[Launch], variants: int, num_planes: int, wide: int, num_tokens: int
+) -> None:
+    num_faces, num_pairs = SLOTS * variants, num_tokens * TOP_K
+    lists = FaceLists(1, num_faces, num_tokens, TOP_K, CPU)
+    scratch = ByteRows(lists, num_tokens, HIDDEN, INNER)
+    most_tiles = most_that_pairs_form(num_pairs, num_faces, TILE)
+    for cut, is_gate_up in itertools.product(CUTS, (True, False)):
+        part = make_part(variants, num_planes, wide=bool(wide), is_gate_up=is_gate_up)
+        launches.clear()
+        if is_gate_up:
+            x, out = torch.zeros(num_tokens, HIDDEN), torch.zeros(num_pairs, INNER)
+            nested_fast.gate_up(x, part, lists, 0, scratch, out_MI=out, cut=cut)
+        else:
+            num_parts = nested_fast.down_parts(part, num_pairs) if cut is None else 1
+            x, out = torch.zeros(num_pairs, INNER), torch.zeros(num_pairs, num_parts, HIDDEN)
+            nested_fast.down(x, part, lists, 0, scratch, out_MSH=out, cut=cut)
+        (name, (blocks, _, _), arguments, _), *others = launches
+        assert name == "halves"
+        num_rows, groups_a_row = arguments[3:5]
+        assert 4 * (blocks - 1) >= num_rows * groups_a_row, "all are made integers"
+        tiled = any(one[0] != "nested" for one in others)
+        if tiled:
+            assert num_rows >= TILE * most_tiles
+            num_rows += TILE  # of a tile that is empty, and copied all the same
+        assert scratch.values.numel() >= 2 * num_rows * part.num_columns
+        assert scratch.groups.numel() >= 2 * num_rows * groups_a_row
+        num_units = arguments[11]
+        assert num_units >= most_that_pairs_form(num_pairs, num_faces, arguments[12])
+        assert scratch.units.numel() >= 2 * UNIT_WORDS * num_units
+        for _, grid, _, shared_bytes in others:
+            assert 0 < shared_bytes <= MAX_SHARED_BYTES
+            assert min(grid) >= 1
+
+
+def test_down_comes_in_parts_where_its_programs_leave_the_last_round_half_empty(
+    launches: list[Launch],
+) -> None:
+    part = make_part(4, 1, wide=False, is_gate_up=False)  # 32 programs a pair, 528 at once
+    parts = {pairs: nested_fast.down_parts(part, pairs) for pairs in (2, 8, 10, 16, 32, 64)}
+    assert parts == {2: 2, 8: 2, 10: 1, 16: 1, 32: 2, 64: 1}, "64 have the kernel of many tokens"
