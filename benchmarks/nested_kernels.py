@@ -92,7 +92,6 @@ def main() -> None:
                 moved = len(experts_TK.unique()) * slot_bytes + len(faces_TK.unique()) * face_bytes
                 x = torch.randn(batch, H, device=DEVICE)
                 inner = torch.empty(batch * K, I, device=DEVICE)
-                out = torch.empty(batch * K, 1, H, device=DEVICE)
                 scratch = ByteRows(lists, batch, H, I)
                 best: list[tuple[float, Cut]] = []
                 chosen = Cut.of(batch * K, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
@@ -101,6 +100,8 @@ def main() -> None:
                 ):
                     if batch * K / num_faces > 16 * cut.tokens:
                         continue
+                    num_parts = 1 if cut.many else nested_fast.down_parts(down, batch * K)
+                    out = torch.empty(batch * K, num_parts, H, device=DEVICE)
 
                     def work() -> int:
                         nested_fast.gate_up(x, gate_up, lists, 0, scratch, out_MI=inner, cut=cut)

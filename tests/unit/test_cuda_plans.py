@@ -67,9 +67,10 @@ def test_faces_of_a_slot_meet_where_that_was_measured_to_be_faster() -> None:
 # -- strips ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_bytes", [128, 384])
 @pytest.mark.parametrize("is_gate_up", [False, True])
-def test_strips_have_every_byte_where_kernels_look_for_it(is_gate_up: bool) -> None:
-    num_rows, num_bytes = 64, 384
+def test_strips_have_every_byte_where_kernels_look_for_it(is_gate_up: bool, num_bytes: int) -> None:
+    num_rows = 64
     plane = torch.randint(256, (2, num_rows, num_bytes), dtype=torch.uint8)
     laid = plane.clone()
     lay_in_strips(laid, is_gate_up=is_gate_up)

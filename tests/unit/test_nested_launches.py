@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,15 +55,8 @@ def make_part(variants: int, num_planes: int, *, wide: bool, is_gate_up: bool) -
 
 
 def most_that_pairs_form(num_pairs: int, num_faces: int, tokens: int) -> int:
-    """Runs of up to `tokens` of a face: the most that some thousand steps have."""
-    numbers, most = random.Random(1), 0
-    for _ in range(300):
-        kinds = numbers.randint(1, num_faces)
-        counts = [0] * num_faces
-        for _ in range(num_pairs):
-            counts[numbers.randrange(kinds)] += 1
-        most = max(most, sum(-(-count // tokens) for count in counts))
-    return most
+    """Runs of up to `tokens` of a face: the most is where all have one, and one has the rest."""
+    return min(num_pairs, num_faces) + max(0, num_pairs - num_faces) // tokens
 
 
 @pytest.mark.parametrize(("variants", "num_planes", "wide"), [(1, 1, 0), (4, 1, 0), (3, 2, 1)])

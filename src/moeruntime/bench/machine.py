@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from moeruntime.capture import capture
+
 __all__ = ["cpu_name", "device_name", "graph_s", "median_s", "peak_bytes", "synchronize"]
 
 CUDA = torch.device("cuda")
@@ -89,12 +91,4 @@ def _once_s(work: Callable[[], object], device: torch.device) -> float:
 
 def graph_s(work: Callable[[], object], *, repeats: int = 9) -> float:
     """Median seconds of `work` without the host's part: its launches captured and replayed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return median_s(graph.replay, repeats=repeats, warm_up=2)
+    return median_s(capture(work).replay, repeats=repeats, warm_up=2)

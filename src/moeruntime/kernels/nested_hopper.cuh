@@ -142,7 +142,7 @@ struct Arguments : Columns { // of a kernel
         return plane + (i64)slot * num_rows * (num_columns / 2);
     }
     // Some rows of the strip of a plane that begins at so many bytes of each row.
-    __device__ __forceinline__ void copy_codes(u32 to, const u8 *from, int byte, int row, int count, u32 barrier) const {
+    __device__ __forceinline__ void copy_rows(u32 to, const u8 *from, int byte, int row, int count, u32 barrier) const {
         copy_bytes(to, from + (i64)byte * num_rows + row * GROUP, count * GROUP, barrier);
     }
     // What was found for a row and the one `apart` from it.

@@ -57,7 +57,7 @@ __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, 
         const u32 full = ring_at + FULL_AT + 8 * ring.stage, to = ring_at + ring.stage * STAGE;
         const int p = step & 1, j = (step >> 1) * GROUP;
         auto copy_run = [&](int run, const u8 *plane, int byte) {
-            of.copy_codes(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
+            of.copy_rows(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
         };
         arrive_expecting(full, bytes);
         copy_run(0, shared, p * J + j);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u
         const u32 full = memory_at + ring.full();
         await_phase(memory_at + ring.empty(), ring.parity ^ 1);
         arrive_expecting(full, RUN);
-        of.copy_codes(memory_at + ring.at(), plane, byte, first_row, ROWS, full);
+        of.copy_rows(memory_at + ring.at(), plane, byte, first_row, ROWS, full);
         ring.advance();
     };
     const u8 *const shared = of.shared_plane(meeting.slot);

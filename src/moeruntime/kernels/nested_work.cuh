@@ -37,9 +37,9 @@ struct Bytes { // one for each tile
 };
 
 struct Meeting { // of faces of a slot that have as many private bits, in tiles
-    int first[MOST_TILES]; // of a tile: in `pairs`, and how many from there on
-    Bytes tokens;
-    int tile[MOST_TILES]; // which of all tiles it is; an empty one has the number after its face's
+    int first[MOST_TILES]; // of a tile: in `pairs`
+    Bytes tokens;          // and how many from there on
+    int tile[MOST_TILES];  // which of all tiles it is; an empty one has the number after its face's
     Bytes faces, steps;
     Bytes sizes; // how many tiles, from here on, are multiplied as one face's: 4, 2 or 1
     int slot, bits, tiles;

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["STRIP_BYTES", "STRIP_ROWS", "lay_in_strips"]
+__all__ = ["lay_in_strips"]
 
 STRIP_BYTES, STRIP_ROWS = 128, 32
 """Bytes that a strip has of each row, and rows that belong together: 16 of each projection."""

@@ -12,15 +12,14 @@ Legend: T rows of the batch, R resident slots, H hidden, I intermediate, V vocab
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeruntime.capture import capture
 from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import attention, norms
 from moeruntime.kernels.attention import DecodeScratch
@@ -210,21 +209,15 @@ class DecodeGraphs:
         upload.send(tables, buffers.tables[: len(spans), :width])
 
     def _capture(self, size: int) -> _Step:
-        """Compile what has to be compiled, then record the launches."""
+        """The graph of steps of `size` rows."""
         inputs = self.buffers.inputs
         device = inputs.device
         tiles = torch.full((3, self.num_tiles(size)), -1, dtype=torch.int32, device=device)
         inputs[:, :size] = 0
         inputs[3, :size] = -1  # nothing reads or writes the cache
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self.forward(size, tiles)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
-            self.forward(size, tiles)
-        return _Step(tiles, graph)
+        return _Step(
+            tiles, capture(lambda: self.forward(size, tiles), pool=self._pool, device=device)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,15 +226,3 @@ class _Step:
 
     tiles: Tensor
     graph: torch.cuda.CUDAGraph
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep what an engine before left from being freed: a capture does not survive that."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
