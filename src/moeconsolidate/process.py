@@ -69,6 +69,12 @@ def run_and_exit(app: typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     code = _flush(code)
+    if code in SIGNAL_CODES:
+        # A signal while a thread was waited for leaves it at work, and Python 3.11 in the belief
+        # that it has ended: on the way out it would find no interpreter any more, and abort.
+        with suppress(OSError):
+            sys.stderr.flush()
+        os._exit(code)
     gc.freeze()  # or Python looks for garbage in all of torch on its way out, for 0.2 s
     sys.exit(code)
 

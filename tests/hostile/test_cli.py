@@ -522,6 +522,42 @@ def test_92_signals_leave_nothing_broken(
         assert entries(tmp_path) == said == []
 
 
+BUSY = """
+import os, signal, threading, time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch, typer
+from moeconsolidate.process import run_and_exit
+
+app, begun = typer.Typer(), threading.Event()
+
+def work():
+    begun.set()
+    matrix, end = torch.randn(300, 300), time.monotonic() + 5
+    while time.monotonic() < end:
+        matrix @ matrix
+
+def interrupt():
+    begun.wait()
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+@app.command()
+def command():
+    threading.Thread(target=interrupt).start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work)
+
+run_and_exit(app, [])
+"""
+
+
+def test_92_a_signal_while_a_thread_is_at_work_and_waited_for() -> None:
+    command = [sys.executable, "-c", BUSY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 @pytest.mark.parametrize("number", [INT, TERM])
 def test_92_signals_while_generating(
     number: int, interrupt: Callable[..., list[tuple[int, str]]], bad_pack: Path
