@@ -1,0 +1,170 @@
+"""Steps of `nested_fast` over random codes, on any device, and what decoding first makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
+from moeruntime.kernels import nested_fast
+from moeruntime.kernels.face_lists import FaceLists
+from moeruntime.kernels.face_parts import ByteRows, Cut, FacePart, is_fast
+from moeruntime.kernels.strips import lay_in_strips
+
+CODE = NestedCode(4, 128)
+Faces = tuple[tuple[int, PrivateCode], ...]
+SLOTS, TOP_K = 3, 2
+# (slot, code) of every face: what an allocator may mix, with and without three bits.
+MIXED: Faces = (
+    (0, PrivateCode(0, 0)),
+    (0, PrivateCode(1, 6)),
+    (0, PrivateCode(2, 3)),
+    (0, PrivateCode(4, 1)),
+    (0, PrivateCode(2, 4)),
+    (1, PrivateCode(1, 4)),
+    (2, PrivateCode(2, 2)),
+    (2, PrivateCode(2, 2)),
+)
+THREES: Faces = (
+    (0, PrivateCode(3, 2)),
+    (0, PrivateCode(3, 1)),
+    (1, PrivateCode(3, 2)),
+    (2, PrivateCode(2, 3)),
+)
+# Faces of a slot that may be served together: more of them than meet, and one or none with others.
+MEETING: Faces = (
+    (0, PrivateCode(2, 3)),
+    (1, PrivateCode(1, 4)),
+    (0, PrivateCode(0, 0)),
+    (0, PrivateCode(1, 6)),
+    (2, PrivateCode(2, 2)),
+    (0, PrivateCode(2, 4)),
+    (2, PrivateCode(2, 5)),
+    (0, PrivateCode(2, 1)),
+)
+ALONE: Faces = tuple((slot, PrivateCode(2, 2)) for slot in range(SLOTS))
+PLAIN: Faces = tuple((slot, PrivateCode(0, 0)) for slot in range(SLOTS))
+ALL_FACES = {
+    "mixed": MIXED,
+    "threes": THREES,
+    "meeting": MEETING,
+    "alone": ALONE,
+    "plain": PLAIN,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a step runs, and how large it is there: sizes of gate_up and down, [rows, columns]."""
+
+    device: torch.device
+    gate_up: tuple[int, int]
+    down: tuple[int, int]
+
+
+@cache
+def make_part(
+    place: Place, faces: Faces, *, is_gate_up: bool
+) -> tuple[FacePart, Tensor, list[Tensor]]:
+    """Random codes; what they decode to [F, R, C]; and the tensors that must stay alive."""
+    device, (rows, columns) = place.device, place.gate_up if is_gate_up else place.down
+    assert is_fast(CODE, (rows, columns), [code for _, code in faces])
+    generator = torch.Generator(device).manual_seed(1 + is_gate_up)
+
+    def codes(bits: int, *shape: int) -> Tensor:
+        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8, device=device)
+
+    shared = codes(4, SLOTS, rows, columns)
+    scale_shape = SLOTS, rows, scale_columns(columns, 128)
+    scale = torch.rand(scale_shape, generator=generator, device=device) * 0.001
+    scale = (scale + 0.0005).bfloat16()
+    planes = torch.stack([pack_planes(one, 4)[4] for one in shared])
+    lay_in_strips(planes, is_gate_up=is_gate_up)
+    decoded, table, alive = [], [], []
+    for slot, code in faces:
+        private = codes(code.bits, rows, columns) if code.bits else None
+        own = pack_planes(private, code.bits) if private is not None else {}
+        for plane in own.values():
+            lay_in_strips(plane[None], is_gate_up=is_gate_up)
+        alive += own.values()
+        at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
+        table.append([slot, code.bits, code.step, *at])
+        decoded.append(decode(shared[slot], scale[slot], CODE, private, code))
+    part = FacePart(
+        rows,
+        columns,
+        4,
+        128,
+        {4: planes},
+        scale,
+        torch.tensor(table, device=device),
+        num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
+        wide=any(code.bits == 4 for _, code in faces),
+        is_gate_up=is_gate_up,
+        in_strips=True,
+    )
+    return part, torch.stack(decoded), alive
+
+
+class Step:
+    """Random inputs for both matrices of some faces, of which some may get none."""
+
+    def __init__(self, place: Place, faces: Faces, num_tokens: int) -> None:
+        device = place.device
+        generator = torch.Generator(device).manual_seed(num_tokens)
+
+        def random(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device)
+
+        self.faces = faces
+        self.gate_up, self.gate_up_FRC, _alive = make_part(place, faces, is_gate_up=True)
+        self.down, self.down_FRC, _alive_too = make_part(place, faces, is_gate_up=False)
+        self.chosen_TK = random(num_tokens, len(faces)).topk(TOP_K).indices
+        self.weights_TK = random(num_tokens, TOP_K)
+        self.lists = FaceLists.of(self.chosen_TK, self.weights_TK, len(faces))
+        self.x_TH = random(num_tokens, place.gate_up[1]) * 4 - 2
+        self.inner_MI = random(num_tokens * TOP_K, place.down[1]) * 4 - 2
+        widest = max(place.gate_up[1], place.down[1])
+        self.scratch = ByteRows(self.lists, num_tokens, widest, widest)
+
+    def run(self, cut: Cut | None, num_parts: int = 1) -> tuple[Tensor, Tensor]:
+        """What gate_up and down make, of places that were poisoned."""
+        num_pairs, lists, scratch = len(self.inner_MI), self.lists, self.scratch
+        inner = self.x_TH.new_full((num_pairs, self.gate_up.num_rows // 2), torch.nan)
+        out = self.x_TH.new_full((num_pairs, num_parts, self.down.num_rows), torch.nan)
+        nested_fast.gate_up(self.x_TH, self.gate_up, lists, 0, scratch, out_MI=inner, cut=cut)
+        nested_fast.down(self.inner_MI, self.down, lists, 0, scratch, out_MSH=out, cut=cut)
+        return inner, out
+
+    def check(self, cut: Cut | None, num_parts: int = 1) -> None:
+        """Run, and compare with codes that are decoded first, in float32."""
+        inner, out = self.run(cut, num_parts)
+        assert inner.isfinite().all() and out.isfinite().all()
+        chosen_M, weights_M = self.chosen_TK.flatten(), self.weights_TK.flatten()
+        for face in range(len(self.faces)):
+            mine = (chosen_M == face).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            both = self.x_TH[mine // TOP_K] @ self.gate_up_FRC[face].float().T
+            gate, up = both.chunk(2, dim=1)
+            assert error(inner[mine], F.silu(gate) * up) <= 1e-3
+            expected = self.inner_MI[mine] @ self.down_FRC[face].float().T * weights_M[mine, None]
+            assert error(out[mine].sum(1), expected) <= 1e-3
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative, by norms."""
+    return float((actual.float() - expected).norm() / expected.norm())
+
+
+def name_of(cut: Cut | None) -> str:
+    """Of a test's case."""
+    if cut is None:
+        return "chosen"
+    if cut.meet:
+        return f"meet{cut.meet}in{cut.meeting}"
+    return f"many{cut.tiles}" if cut.many else f"few{cut.tiles}x{cut.turns}"
