@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import interpreter
 from helpers import TINY_CONFIG, MakeCheckpoint, fuse, random_tensors, save_shards
+
+interpreter.choose_interpreter()
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ("base", "python", "math", "shell")

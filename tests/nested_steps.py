@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
+from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels import nested_fast
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows, Cut, FacePart, is_fast
-from moeruntime.kernels.strips import lay_in_strips
+from nested_parts import Faces, random_part
 
 CODE = NestedCode(4, 128)
-Faces = tuple[tuple[int, PrivateCode], ...]
 SLOTS, TOP_K = 3, 2
 # (slot, code) of every face: what an allocator may mix, with and without three bits.
 MIXED: Faces = (
@@ -73,41 +72,11 @@ def make_part(
     """Random codes; what they decode to [F, R, C]; and the tensors that must stay alive."""
     device, (rows, columns) = place.device, place.gate_up if is_gate_up else place.down
     assert is_fast(CODE, (rows, columns), [code for _, code in faces])
-    generator = torch.Generator(device).manual_seed(1 + is_gate_up)
-
-    def codes(bits: int, *shape: int) -> Tensor:
-        return torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8, device=device)
-
-    shared = codes(4, SLOTS, rows, columns)
-    scale_shape = SLOTS, rows, scale_columns(columns, 128)
-    scale = torch.rand(scale_shape, generator=generator, device=device) * 0.001
-    scale = (scale + 0.0005).bfloat16()
-    planes = torch.stack([pack_planes(one, 4)[4] for one in shared])
-    lay_in_strips(planes, is_gate_up=is_gate_up)
-    decoded, table, alive = [], [], []
-    for slot, code in faces:
-        private = codes(code.bits, rows, columns) if code.bits else None
-        own = pack_planes(private, code.bits) if private is not None else {}
-        for plane in own.values():
-            lay_in_strips(plane[None], is_gate_up=is_gate_up)
-        alive += own.values()
-        at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
-        table.append([slot, code.bits, code.step, *at])
-        decoded.append(decode(shared[slot], scale[slot], CODE, private, code))
-    part = FacePart(
-        rows,
-        columns,
-        4,
-        128,
-        {4: planes},
-        scale,
-        torch.tensor(table, device=device),
-        num_planes=max((code.bits & 1) + (code.bits >= 2) for _, code in faces),
-        wide=any(code.bits == 4 for _, code in faces),
-        is_gate_up=is_gate_up,
+    made = random_part(
+        rows, columns, faces, CODE, seed=1 + is_gate_up, device=device, is_gate_up=is_gate_up,
         in_strips=True,
-    )
-    return part, torch.stack(decoded), alive
+    )  # fmt: skip
+    return made.part, made.decoded_FRC, made.alive
 
 
 class Step:

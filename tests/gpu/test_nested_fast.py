@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from moeruntime.codes import NestedCode, PrivateCode, decode, pack_planes, scale_columns
-from moeruntime.kernels.face_parts import Cut, FacePart
-from nested_steps import ALL_FACES, Place, Step, error, make_part, name_of
-
-if torch.cuda.is_available():
-    from moeruntime.kernels import nested
+from moeruntime.kernels.face_parts import Cut
+from nested_steps import ALL_FACES, Place, Step, error, name_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,45 +56,3 @@ def test_sums_are_the_same_whichever_program_comes_first(meeting: int) -> None:
     for inner, out in outs:
         assert torch.equal(inner, outs[0][0])
         assert torch.equal(out, outs[0][1])
-
-
-@pytest.mark.parametrize("bits", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("shared_bits", [2, 3, 4, 5, 6])
-def test_faces_are_decoded_as_the_definition_says(shared_bits: int, bits: int) -> None:
-    if shared_bits + bits > 7:
-        return
-    generator = torch.Generator().manual_seed(shared_bits * 8 + bits)
-    rows, columns, code = 300, 384, NestedCode(shared_bits, 128)
-    private_code = PrivateCode(bits, 1) if bits else PrivateCode(0, 0)
-
-    def codes(of: int) -> Tensor:
-        return torch.randint(2**of, (rows, columns), generator=generator, dtype=torch.uint8)
-
-    shared, private = codes(shared_bits), codes(bits) if bits else None
-    scale = torch.rand(rows, scale_columns(columns, 128), generator=generator).bfloat16()
-    planes = {
-        width: plane[None].cuda() for width, plane in pack_planes(shared, shared_bits).items()
-    }
-    own = pack_planes(private, bits) if private is not None else {}
-    own = {width: plane.cuda() for width, plane in own.items()}
-    at = [own[width].data_ptr() if width in own else 0 for width in (4, 2, 1)]
-    faces = torch.tensor([[0] * 6, [0, bits, private_code.step, *at], [0] * 6], device=DEVICE)
-    part = FacePart(
-        rows, columns, shared_bits, 128, planes, scale[None].cuda(), faces,
-        num_planes=len(own), wide=bits == 4, is_gate_up=True,
-    )  # fmt: skip
-    out = torch.full((2, rows, columns), torch.nan, device=DEVICE, dtype=torch.bfloat16)
-    counts = torch.tensor([1, 1, 0], dtype=torch.int32, device=DEVICE)
-    nested.decode_faces(part, 1, counts, out_FRC=out)
-    assert torch.equal(out[0].cpu(), decode(shared, scale, code, private, private_code).bfloat16())
-    assert out[1].isnan().all(), "nobody wants it"
-
-
-@pytest.mark.parametrize("faces", ["mixed", "threes"])
-def test_faces_in_strips_are_decoded_like_others(faces: str) -> None:
-    for is_gate_up in (True, False):
-        part, expected_FRC, _alive = make_part(PLACE, ALL_FACES[faces], is_gate_up=is_gate_up)
-        out_FRC = torch.full_like(expected_FRC, torch.nan, dtype=torch.bfloat16)
-        counts_F = torch.ones(len(expected_FRC), dtype=torch.int32, device=DEVICE)
-        nested.decode_faces(part, 0, counts_F, out_FRC=out_FRC)
-        assert torch.equal(out_FRC, expected_FRC.bfloat16())

@@ -1,0 +1,194 @@
+"""Attention over a paged cache, against the reference kernel in float32 and rotation in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_fixtures import DTYPES, assert_close, randn
+from moeruntime.kernels import attention, paged_attention
+from moeruntime.kernels.spans import SPAN_ROWS, Spans
+from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
+
+Heads = tuple[int, int, int]
+# Query heads, key-value heads, dimension.
+PAIRS, ODD, EQUAL = (4, 2, 32), (3, 1, 20), (2, 2, 16)
+HEADS: list[Heads] = [PAIRS, ODD, EQUAL]
+EXACT, ROUNDED = DTYPES
+
+
+def rotary(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For positions up to 400; any angles will do."""
+    angle = randn(400, dim // 2, seed=1, device=device)
+    return angle.cos(), angle.sin()
+
+
+def rotated(x_TND: Tensor, position_T: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (one.double()[position_T][:, None] for one in angles)
+    first, second = x_TND.double().chunk(2, dim=-1)
+    both = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return both.to(x_TND.dtype)
+
+
+def block_tables(contexts: list[int], spare: int) -> list[list[int]]:
+    """Blocks of each sequence, in no order; `spare` are nobody's."""
+    counts = [blocks_for(context) for context in contexts]
+    generator = torch.Generator().manual_seed(2)
+    blocks = torch.randperm(sum(counts) + spare, generator=generator).tolist()
+    return [[blocks.pop() for _ in range(count)] for count in counts]
+
+
+def rows_of(table: list[int], places: range) -> list[int]:
+    return [table[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS for at in places]
+
+
+def filled_cache(
+    tables: list[list[int]],
+    cached: list[int],
+    heads: Heads,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of what is cached; everything else is poisoned."""
+    num_blocks = 1 + max(max(table, default=0) for table in tables)
+    caches = []
+    for seed in (3, 4):
+        cache = torch.full((num_blocks, BLOCK_TOKENS, *heads[1:]), torch.nan)
+        flat = cache.view(-1, *heads[1:])
+        for table, count in zip(tables, cached, strict=True):
+            rows = rows_of(table, range(count))
+            flat[rows] = torch.randn(
+                count, *heads[1:], generator=torch.Generator().manual_seed(seed)
+            )
+        caches.append(cache.to(device, dtype))
+    return caches[0], caches[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", HEADS)
+def test_queries_and_keys_are_rotated_and_the_cache_filled(
+    device: torch.device, heads: Heads, dtype: torch.dtype
+) -> None:
+    query, kv, dim = heads
+    position_T = torch.tensor([0, 1, 17, 399], device=device)
+    row_T = torch.tensor([5, 33, 16, 0], device=device)
+    qkv = randn(4, (query + 2 * kv) * dim, seed=5, device=device, dtype=dtype)
+    keys = torch.full((3, BLOCK_TOKENS, kv, dim), torch.nan, dtype=dtype, device=device)
+    values, expected_keys, expected_values = (keys.clone() for _ in range(3))
+    out = torch.full((4, query, dim), torch.nan, dtype=dtype, device=device)
+    angles = rotary(dim, device)
+    attention.rotate_and_store(qkv, position_T, row_T, angles, keys, values, out_TQD=out)
+    q, k, v = qkv.view(4, -1, dim).split([query, kv, kv], dim=1)
+    expected_keys.view(-1, kv, dim)[row_T] = rotated(k, position_T, angles)
+    expected_values.view(-1, kv, dim)[row_T] = v
+    assert_close(out, rotated(q, position_T, angles), dtype)
+    assert_close(keys, expected_keys, dtype)
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "splits", "dtype"),
+    [
+        (PAIRS, None, 1, EXACT),
+        (PAIRS, None, 3, EXACT),
+        (PAIRS, 1, 3, EXACT),
+        (PAIRS, 40, 1, EXACT),
+        (PAIRS, 150, 3, EXACT),
+        (ODD, 150, 4, EXACT),
+        (EQUAL, None, 2, EXACT),
+        (PAIRS, None, 3, ROUNDED),
+        (ODD, 40, 1, ROUNDED),
+    ],
+)
+def test_a_new_token_sees_itself_and_what_is_cached(
+    device: torch.device, heads: Heads, window: int | None, splits: int, dtype: torch.dtype
+) -> None:
+    query, kv, dim = heads
+    cached = [0, 15, 300, 16, 131]  # the fourth row only fills the batch up
+    variants = [1, 0, 2, -1, 1]
+    tables = block_tables([count + 1 for count in cached], spare=2)
+    real = [0, 1, 2, 4]
+    keys, values = filled_cache(
+        [tables[row] for row in real], [cached[row] for row in real], heads, device, dtype
+    )
+    tables[3] = tables[2]  # of another sequence, which must not be written to
+    width = max(len(table) for table in tables)
+    tables_TB = torch.tensor(
+        [[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32
+    ).to(device)
+    position_T = torch.tensor(cached, device=device)
+    scratch = attention.DecodeScratch(len(cached), query, kv, dim, splits, device)
+    scratch.sums.fill_(torch.nan)
+    scratch.totals.fill_(torch.nan)
+    angles = rotary(dim, device)
+    for seed in (6, 7):  # twice: counters of splits have to be where they were
+        qkv = randn(len(cached), (query + 2 * kv) * dim, seed=seed, device=device, dtype=dtype)
+        q, k, v = qkv.view(len(cached), -1, dim).split([query, kv, kv], dim=1)
+        expected_keys, expected_values = keys.clone(), values.clone()
+        rows = [rows_of(tables[row], range(cached[row], cached[row] + 1))[0] for row in real]
+        expected_keys.view(-1, kv, dim)[rows] = rotated(k, position_T, angles)[real]
+        expected_values.view(-1, kv, dim)[rows] = v[real]
+        expected = torch.full((len(cached), query * dim), torch.nan)
+        expected[real] = paged_attention(
+            rotated(q, position_T, angles)[real].float().cpu(),
+            expected_keys.float().cpu(),
+            expected_values.float().cpu(),
+            [(idx, idx + 1, cached[row] + 1) for idx, row in enumerate(real)],
+            [torch.tensor(tables[row]) for row in real],
+            window,
+        )
+        out = torch.full((len(cached), query * dim), torch.nan, dtype=dtype, device=device)
+        attention.decode_attention(
+            qkv,
+            position_T,
+            torch.tensor(variants, device=device),
+            tables_TB,
+            angles,
+            keys,
+            values,
+            scratch,
+            window,
+            out_TC=out,
+        )
+        assert_close(out, expected, dtype)
+        assert_close(keys, expected_keys, dtype)
+        torch.testing.assert_close(values, expected_values, rtol=0, atol=0, equal_nan=True)
+        assert not scratch.arrived.any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "dtype"),
+    [
+        (PAIRS, None, EXACT),
+        (PAIRS, 1, EXACT),
+        (PAIRS, 40, EXACT),
+        (ODD, 150, EXACT),
+        (PAIRS, None, ROUNDED),
+        (EQUAL, 40, ROUNDED),
+    ],
+)
+def test_new_tokens_of_prompts_and_decodes_see_what_lies_before_them(
+    device: torch.device, heads: Heads, window: int | None, dtype: torch.dtype
+) -> None:
+    query, _, dim = heads
+    counts = [SPAN_ROWS + 7, 1, 1, 9]
+    contexts = [SPAN_ROWS + 7, 1, 100, 160]
+    tables = block_tables(contexts, spare=2)
+    keys, values = filled_cache(tables, contexts, heads, device, dtype)
+    ends = [sum(counts[: idx + 1]) for idx in range(len(counts))]
+    spans = [
+        (end - count, end, context)
+        for end, count, context in zip(ends, counts, contexts, strict=True)
+    ]
+    q = randn(ends[-1], query, dim, seed=8, device=device, dtype=dtype)
+    expected = paged_attention(
+        q.float().cpu(),
+        keys.float().cpu(),
+        values.float().cpu(),
+        spans,
+        [torch.tensor(table) for table in tables],
+        window,
+    )
+    actual = attention.span_attention(q, keys, values, Spans.build(spans, tables, device), window)
+    assert_close(actual, expected, dtype)

@@ -1,0 +1,208 @@
+"""The fused decoder and its graphs against the reference decoder on the same device and weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moeruntime.engine
+from kernel_fixtures import ON_CPU, ON_CUDA, Allow
+from moeruntime import Engine, Request, SamplingParams, synthetic
+from moeruntime.loading import Loader, load_experts
+from moeruntime.models import Batch, Decoder, decode_buffers
+from moeruntime.models.batch import Span, token_groups
+from moeruntime.models.build import build_model
+from moeruntime.models.decode_graph import DecodeGraphs
+from moeruntime.models.experts import DecodedCache
+from moeruntime.models.fused import FusedDecoder
+from moeruntime.synthetic import SyntheticSource
+from runtime_fixtures import assert_same_greedy, engine_logits
+
+CODES = ("bf16", "4+0", "4+1", "4+2", "4+3", "3+4", "5+2")
+# Float32 is what proves. In bfloat16 a random model's routers turn at the least rounding.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-1}
+CASES = [
+    *(
+        pytest.param("cpu", "mixtral-tiny", code, dtype, marks=ON_CPU)
+        for code, dtype in (("bf16", "float32"), ("4+2", "bfloat16"))
+    ),
+    *(
+        pytest.param("cuda", model, code, dtype, marks=ON_CUDA)
+        for model in ("mixtral-tiny", "mixtral-mini", "fast")
+        for code in CODES
+        for dtype in TOLERANCE
+    ),
+]
+LENGTHS = {"cpu": (19, 1, 17), "cuda": (19, 1, 70)}
+
+
+@pytest.fixture(autouse=True)
+def fast_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least whose nested experts go the fast way, in bfloat16."""
+    config = synthetic._scaled(hidden=1024, inner=2048, layers=2, vocab=512, context=512)
+    monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "fast", config)
+
+
+class CopiedTokens(DecodeGraphs):
+    """On a GPU the runner copies a step's tokens behind it, before the next one overwrites them."""
+
+    def run(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        logits_TV, tokens_T = super().run(spans)
+        return logits_TV, tokens_T.clone()
+
+    def run_on(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        logits_TV, tokens_T = super().run_on(num_rows)
+        return logits_TV, tokens_T.clone()
+
+
+def build_reference(*parts: Any, **sizes: int) -> tuple[Decoder, None]:
+    """In place of `build_model`, which gives a GPU the fused decoder."""
+    model, _ = build_model(*parts, **sizes)
+    return Decoder(model.config, model.weights, parts[2], model.faces_VLE, model.cache), None
+
+
+@pytest.fixture(autouse=True)
+def fused(device: torch.device, allow: Allow, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines have the fused decoder, wherever they are."""
+
+    def build(*parts: Any, **sizes: int) -> tuple[FusedDecoder, DecodeGraphs]:
+        reference, _ = build_reference(*parts, **sizes)
+        for pool in reference.experts:
+            allow(pool.tensors())
+        model = FusedDecoder(
+            reference.config,
+            reference.weights,
+            reference.experts,
+            reference.faces_VLE,
+            reference.cache,
+        )
+        return model, CopiedTokens(model, **sizes)
+
+    if device.type == "cpu":
+        monkeypatch.setattr(moeruntime.engine, "build_model", build)
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the median row: in bfloat16 a token now and then goes to another expert."""
+    difference_N = (actual.float() - expected.float()).norm(dim=-1)
+    return float((difference_N / expected.float().norm(dim=-1)).median())
+
+
+def load_reference(engine: Engine) -> Decoder:
+    """The reference decoder over an engine's weights and cache.
+
+    Experts are loaded once more: those that kernels read may have been rearranged.
+    """
+    manifest, model = engine.source.manifest, engine.model
+    layers = range(manifest.config.num_layers)
+    with Loader(engine.device) as loader:
+        pools = [
+            load_experts(engine.source, layer, engine.dtype, loader, DecodedCache(0))
+            for layer in layers
+        ]
+    return Decoder(manifest.config, engine.residency.weights, pools, model.faces_VLE, model.cache)
+
+
+@pytest.mark.parametrize(("device", "model", "code", "dtype"), CASES, indirect=["device"])
+def test_prompts_and_decodes_of_mixed_variants(
+    device: torch.device, model: str, code: str, dtype: str
+) -> None:
+    """Three sequences of two variants: prompts first, then steps by graph, all at once."""
+    source = SyntheticSource(model, num_variants=3, code=code)
+    with Engine(source, device=device.type, dtype=dtype, max_sequences=8) as engine:
+        cache = engine.model.cache
+        reference = load_reference(engine)
+        rng = random.Random(0)
+        names = ("v0", "v2", "v2")
+        for name in set(names):
+            assert engine.residency.admit(name)
+        lengths, tables = LENGTHS[device.type], ([0, 1], [2, 3], [4, 5, 6, 7, 8])
+
+        def spans(starts: tuple[int, ...], counts: tuple[int, ...]) -> list[Span]:
+            return [
+                Span(
+                    engine.residency.slot(name),
+                    int(name[1]),
+                    [rng.randrange(source.manifest.config.vocab_size) for _ in range(count)],
+                    start,
+                    table,
+                )
+                for name, start, count, table in zip(names, starts, counts, tables, strict=True)
+            ]
+
+        prompts = spans((0, 0, 0), lengths)
+        batch = Batch.build(prompts, engine.device)
+        expected_TH = reference.forward(batch)
+        for one in (*cache.keys, *cache.values):
+            one.fill_(torch.nan)
+        assert error(engine.model.forward(batch), expected_TH) <= TOLERANCE[dtype]
+
+        decodes = spans(lengths, (1, 1, 1))
+        expected_TH = reference.forward(Batch.build(decodes, engine.device))
+        groups = token_groups(span.slot for span in decodes)
+        expected_TV = reference.logits(expected_TH, groups)
+        before = [one.clone() for one in (*cache.keys, *cache.values)]
+        assert engine.graphs is not None
+        logits_TV, tokens_T = engine.graphs.run(decodes)
+        assert error(logits_TV, expected_TV) <= TOLERANCE[dtype]
+        assert tokens_T.tolist() == logits_TV.argmax(dim=-1).tolist()
+        # Nobody else's keys and values are touched, by rows that only fill the batch up either.
+        new = Batch.build(decodes, engine.device).cache_rows_T
+        for one, old in zip((*cache.keys, *cache.values), before, strict=True):
+            for cached in (one, old):
+                cached.flatten(0, 1)[new] = 0
+            torch.testing.assert_close(one, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_codes_are_decoded_a_few_faces_at_a_time(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of many tokens, whose products are the library's."""
+    faces_at_once = 3
+    config = synthetic._scaled(hidden=128, inner=128, layers=2, vocab=64, context=64)
+    monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "coded", config)
+    num_bytes = 2 * 2 * config.hidden_size * config.intermediate_size
+    monkeypatch.setattr(decode_buffers, "DECODED_BYTES", faces_at_once * num_bytes)
+    source = SyntheticSource("coded", num_variants=2, code="4+1")
+    with Engine(source, device=device.type, dtype="bfloat16", max_sequences=1) as engine:
+        engine.model.decoded.fill_(torch.nan)
+        reference = load_reference(engine)
+        assert engine.residency.admit("v1")
+        tokens = random.Random(1).choices(range(config.vocab_size), k=12)
+        batch = Batch.build([Span(engine.residency.slot("v1"), 1, tokens, 0, [0])], engine.device)
+        actual_TH, expected_TH = engine.model.forward(batch), reference.forward(batch)
+        assert error(actual_TH, expected_TH) <= TOLERANCE["bfloat16"]
+
+
+def test_greedy_tokens_are_the_reference_decoders(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole engine, with more requests than it takes at once: steps are mixed, and run ahead."""
+    source = SyntheticSource("mixtral-tiny", num_variants=3, code="3+4")
+    requests = [
+        Request(f"v{idx}", list(range(7 * idx, 9 * idx + 2)), SamplingParams(max_tokens=2 + idx))
+        for idx in range(3)
+    ]
+
+    def engine() -> Engine:
+        return Engine(source, device=device.type, dtype="float32", max_sequences=2)
+
+    with engine() as fused:
+        assert isinstance(fused.model, FusedDecoder) and fused.graphs is not None
+        outputs = fused.generate(requests)
+    monkeypatch.setattr(moeruntime.engine, "build_model", build_reference)
+    with engine() as reference:
+        for request, output in zip(requests, outputs, strict=True):
+            expected = reference.generate([request])[0]
+
+            def logits_after(ids: Sequence[int], variant: str = request.variant) -> Tensor:
+                return engine_logits(reference, variant, ids, [len(ids)])[-1]
+
+            assert_same_greedy(
+                output.token_ids, expected.token_ids, logits_after, list(request.prompt)
+            )
