@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cuda_on_cpu
 import moeruntime.engine
 from kernel_fixtures import ON_CPU, ON_CUDA, Allow
 from moeruntime import Engine, Request, SamplingParams, synthetic
@@ -31,6 +32,7 @@ CASES = [
         pytest.param("cpu", "mixtral-tiny", code, dtype, marks=ON_CPU)
         for code, dtype in (("bf16", "float32"), ("4+2", "bfloat16"))
     ),
+    pytest.param("cpu", "fast", "4+2", "bfloat16", marks=ON_CPU),
     *(
         pytest.param("cuda", model, code, dtype, marks=ON_CUDA)
         for model in ("mixtral-tiny", "mixtral-mini", "fast")
@@ -42,9 +44,10 @@ LENGTHS = {"cpu": (19, 1, 17), "cuda": (19, 1, 70)}
 
 
 @pytest.fixture(autouse=True)
-def fast_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_model(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least whose nested experts go the fast way, in bfloat16."""
-    config = synthetic._scaled(hidden=1024, inner=2048, layers=2, vocab=512, context=512)
+    times = 1 if device.type == "cpu" else 2
+    config = synthetic._scaled(1024, inner=1024 * times, layers=times, vocab=512, context=512)
     monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "fast", config)
 
 
@@ -84,6 +87,7 @@ def fused(device: torch.device, allow: Allow, monkeypatch: pytest.MonkeyPatch) -
         return model, CopiedTokens(model, **sizes)
 
     if device.type == "cpu":
+        cuda_on_cpu.install(monkeypatch, num_multiprocessors=4)
         monkeypatch.setattr(moeruntime.engine, "build_model", build)
 
 
