@@ -2,8 +2,8 @@
 
 Programs run one after the other, in an order that is drawn anew for each launch, and whatever they
 read or write has to lie in a tensor that they were given. A kernel that is launched before the one
-in front of it has ended has to wait for it first. `install` puts this in place, and stand-ins for
-what only a GPU has.
+in front of it has ended has to wait for it first. `install` puts this in place, and what stands in
+for CUDA.
 
 What it can't show: speed, what compilers for devices make of a kernel, and programs that really run
 at once.
@@ -24,6 +24,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+import cuda_stand_ins
 
 __all__ = ["Launches", "choose_interpreter", "install", "is_chosen"]
 
@@ -118,19 +120,10 @@ def _run_of(tensor: Tensor) -> tuple[int, int]:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """Put it all in place for a test that launches kernels on CPU tensors."""
-    from moeruntime.kernels import chain, upload
-    from moeruntime.models import decode_graph
-
     launches = Launches()
+    cuda_stand_ins.install(monkeypatch, capability=(9, 0))
     _watch(monkeypatch, launches)
     _mend(monkeypatch)
-    chain.chained.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(chain, "chains", lambda capability: True)
-    monkeypatch.setattr(upload, "_pinned", lambda num: torch.empty(num, dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-    monkeypatch.setattr(decode_graph, "capture", _Graph)
     return launches
 
 
@@ -235,23 +228,3 @@ def _mend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "create_dot", mended_dot)
     monkeypatch.setattr(GridExecutor, "__call__", mended_run)
     monkeypatch.setattr(InterpretedFunction, "__call__", call)
-
-
-class _Event:
-    """Of a device that has always done what it was asked to."""
-
-    def record(self, stream: object) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class _Graph:
-    """In place of what `capture` makes: launches are not recorded, but made when they are due."""
-
-    def __init__(self, work: Callable[[], object], **_: object) -> None:
-        self.replay = work
-
-    def pool(self) -> None:
-        return None

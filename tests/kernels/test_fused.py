@@ -12,12 +12,12 @@ from torch import Tensor
 
 import cuda_on_cpu
 import moeruntime.engine
+from cuda_stand_ins import build_fused, build_reference
 from kernel_fixtures import ON_CPU, ON_CUDA, Allow
 from moeruntime import Engine, Request, SamplingParams, synthetic
 from moeruntime.loading import Loader, load_experts
 from moeruntime.models import Batch, Decoder, decode_buffers
 from moeruntime.models.batch import Span, token_groups
-from moeruntime.models.build import build_model
 from moeruntime.models.decode_graph import DecodeGraphs
 from moeruntime.models.experts import DecodedCache
 from moeruntime.models.fused import FusedDecoder
@@ -63,27 +63,14 @@ class CopiedTokens(DecodeGraphs):
         return logits_TV, tokens_T.clone()
 
 
-def build_reference(*parts: Any, **sizes: int) -> tuple[Decoder, None]:
-    """In place of `build_model`, which gives a GPU the fused decoder."""
-    model, _ = build_model(*parts, **sizes)
-    return Decoder(model.config, model.weights, parts[2], model.faces_VLE, model.cache), None
-
-
 @pytest.fixture(autouse=True)
 def fused(device: torch.device, allow: Allow, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines have the fused decoder, wherever they are."""
 
     def build(*parts: Any, **sizes: int) -> tuple[FusedDecoder, DecodeGraphs]:
-        reference, _ = build_reference(*parts, **sizes)
-        for pool in reference.experts:
+        for pool in parts[2]:
             allow(pool.tensors())
-        model = FusedDecoder(
-            reference.config,
-            reference.weights,
-            reference.experts,
-            reference.faces_VLE,
-            reference.cache,
-        )
+        model, _ = build_fused(*parts, **sizes)
         return model, CopiedTokens(model, **sizes)
 
     if device.type == "cpu":

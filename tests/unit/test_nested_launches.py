@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import TILE, UNIT_WORDS, ByteRows, Cut, FacePart
 
 HIDDEN, INNER, SLOTS, TOP_K = 1024, 2048, 8, 2
-MAX_SHARED_BYTES = 227 * 1024
+MAX_SHARED_BYTES, LEAST_SHARED_BYTES = 227 * 1024, 99 * 1024
+"""That a program may have on a Hopper device, and on the smallest of those that have bfloat16."""
+
 CPU = torch.device("cpu")
 CUTS = [
     None,
@@ -94,6 +97,21 @@ def test_a_step_has_room(
         for _, grid, _, shared_bytes in others:
             assert 0 < shared_bytes <= MAX_SHARED_BYTES
             assert min(grid) >= 1
+
+
+@pytest.mark.parametrize("num_pairs", [1, 8, 32, 512])
+def test_other_devices_have_room_for_the_kernel_of_few_tokens(
+    monkeypatch: pytest.MonkeyPatch, num_pairs: int
+) -> None:
+    """At the widths of Mixtral-8x7B, with private codes of any bits."""
+    monkeypatch.setattr(nested_fast, "_device", lambda device: (108, False))
+    for rows, columns, is_gate_up in ((28672, 4096, True), (4096, 14336, False)):
+        small = make_part(4, 2, wide=True, is_gate_up=is_gate_up)
+        part = replace(small, num_rows=rows, num_columns=columns)
+        cut = nested_fast._cut(part, num_pairs)
+        assert not cut.many and not cut.meet
+        turns = cut.turns if is_gate_up else 1
+        assert nested_fast._shared_bytes(part, cut, turns) <= LEAST_SHARED_BYTES
 
 
 def test_down_comes_in_parts_where_its_programs_leave_the_last_round_half_empty(

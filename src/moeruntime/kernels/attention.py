@@ -259,6 +259,7 @@ def decode_attention(
     block, num_kv, head_dim = keys.shape[1:]
     num_query = out_TC.shape[1] // head_dim
     assert num_query // num_kv <= 16
+    exact = qkv_TC.dtype == torch.float32
     _decode_kernel[(num_tokens, num_kv, scratch.splits)](
         qkv_TC, position_T, variant_T, tables_TB, *rotary, keys, values, out_TC,
         scratch.sums, scratch.totals, scratch.arrived,
@@ -266,8 +267,8 @@ def decode_attention(
         Q=num_query, KV=num_kv, D=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block,
         STEP=STEP,
-        SPLITS=scratch.splits, PRECISION="ieee" if qkv_TC.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=STAGES, **chained(qkv_TC.device),
+        SPLITS=scratch.splits, PRECISION="ieee" if exact else "tf32",
+        num_warps=4, num_stages=1 if exact else STAGES, **chained(qkv_TC.device),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
-from moeruntime.models.decode_buffers import decoded_numel
+from moeruntime.models.decode_buffers import EXACT, decoded_numel
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
 
@@ -187,8 +187,9 @@ class FusedDecoder:
             scratch = ByteRows(lists, num_tokens, hidden, self.config.intermediate_size)
         inner_MI = x_TH.new_empty(num_pairs, self.config.intermediate_size)
         out_MSH = torch.empty(num_pairs, 1, hidden, dtype=torch.float32, device=x_TH.device)
-        gate_up(pool, x_TH, lists, 0, MANY, scratch, inner_MI)
-        down(pool, inner_MI, lists, 0, MANY, scratch, out_MSH)
+        shape = EXACT if attended_TH.dtype == torch.float32 else MANY
+        gate_up(pool, x_TH, lists, 0, shape, scratch, inner_MI)
+        down(pool, inner_MI, lists, 0, shape, scratch, out_MSH)
         return out_MSH.view(num_tokens, -1, hidden), None, None
 
 

@@ -1,0 +1,46 @@
+"""Every Triton kernel of a step, compiled for a device that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is made for Linux"
+)
+
+SCRIPT = Path(__file__).parent.parent / "kernels" / "compile_step.py"
+
+KERNELS = {
+    "_add_norm_kernel",
+    "_copy_kernel",
+    "_decode_kernel",
+    "_down_kernel",
+    "_gate_up_kernel",
+    "_gated_kernel",
+    "_order_kernel",
+    "_project_kernel",
+    "_rotate_kernel",
+    "_route_kernel",
+    "_span_kernel",
+}
+CAPABILITY, MAX_SHARED_BYTES = 90, 227 * 1024
+
+
+def test_a_step_fits_a_hopper_device(tmp_path: Path) -> None:
+    """Triton refuses what takes more shared memory than there is, when it is to be launched."""
+    command = [sys.executable, str(SCRIPT), str(CAPABILITY), str(MAX_SHARED_BYTES)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == KERNELS
