@@ -26,11 +26,9 @@ def warm_up(engine: Engine) -> None:
     sampled = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=1)
     few = 2
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
-    most = most_pairs(engine.device) // config.top_k  # and one more is decoded for
-    lengths = {few, most, most + 1}
-    if engine.source.manifest.nested is not None:
-        # How many tokens a step has decides which kernels serve nested experts; none is for less
-        # than twice as many as its fewest, so doubling meets them all.
-        lengths |= {few << k for k in range((most // few).bit_length())}
+    most = most_pairs(engine.device) // config.top_k  # and for one more codes are decoded
+    # How many tokens a step has decides which kernels serve its experts; none is for less than
+    # twice as many as its fewest, so doubling meets them all.
+    lengths = {few << k for k in range((most // few).bit_length())} | {most, most + 1}
     for length in sorted({min(length, room) for length in lengths}):
         engine.generate([Request(name, [0] * length, sampled) for name in names])

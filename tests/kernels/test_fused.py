@@ -17,6 +17,7 @@ from kernel_fixtures import ON_CPU, ON_CUDA, Allow
 from moeruntime import Engine, Request, SamplingParams, synthetic
 from moeruntime.loading import Loader, load_experts
 from moeruntime.models import Batch, Decoder, decode_buffers
+from moeruntime.models import fused as fused_decoder
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.decode_graph import DecodeGraphs
 from moeruntime.models.experts import DecodedCache
@@ -168,6 +169,28 @@ def test_codes_are_decoded_a_few_faces_at_a_time(
         batch = Batch.build([Span(engine.residency.slot("v1"), 1, tokens, 0, [0])], engine.device)
         actual_TH, expected_TH = engine.model.forward(batch), reference.forward(batch)
         assert error(actual_TH, expected_TH) <= TOLERANCE["bfloat16"]
+
+
+def test_many_tokens_of_plain_experts_are_the_librarys(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many that is."""
+    monkeypatch.setattr(fused_decoder, "FEW_PAIRS", 30)
+    source = SyntheticSource("mixtral-tiny", num_variants=2)
+    with Engine(source, device=device.type, dtype="bfloat16", max_sequences=1) as engine:
+        reference, slot = load_reference(engine), {}
+        for name in ("v0", "v1"):
+            assert engine.residency.admit(name)
+            slot[name] = engine.residency.slot(name)
+        tokens = random.Random(2).choices(range(source.manifest.config.vocab_size), k=16)
+        for counts in ((4, 11), (4, 12)):  # 30 pairs and 32
+            spans = [
+                Span(slot[f"v{idx}"], idx, tokens[:count], 0, [idx])
+                for idx, count in enumerate(counts)
+            ]
+            batch = Batch.build(sorted(spans, key=lambda span: span.slot), engine.device)
+            actual_TH, expected_TH = engine.model.forward(batch), reference.forward(batch)
+            assert error(actual_TH, expected_TH) <= TOLERANCE["bfloat16"]
 
 
 def test_greedy_tokens_are_the_reference_decoders(

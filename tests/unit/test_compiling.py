@@ -1,4 +1,4 @@
-"""Every Triton kernel of a step, compiled for a device that is not there."""
+"""Every Triton kernel of an engine, compiled for a device that is not there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is made for Linux"
 )
 
-SCRIPT = Path(__file__).parent.parent / "kernels" / "compile_step.py"
+SCRIPT = Path(__file__).parent.parent / "kernels" / "compile_engine.py"
 
 KERNELS = {
     "_add_norm_kernel",
@@ -33,9 +33,10 @@ KERNELS = {
 CAPABILITY, MAX_SHARED_BYTES = 90, 227 * 1024
 
 
-def test_a_step_fits_a_hopper_device(tmp_path: Path) -> None:
+def test_kernels_fit_a_hopper_device_and_nothing_is_compiled_once_warm(tmp_path: Path) -> None:
     """Triton refuses what takes more shared memory than there is, when it is to be launched."""
-    command = [sys.executable, str(SCRIPT), str(CAPABILITY), str(MAX_SHARED_BYTES)]
+    arguments = [CAPABILITY, MAX_SHARED_BYTES, "bf16", "bfloat16"]
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         command,
@@ -43,4 +44,6 @@ def test_a_step_fits_a_hopper_device(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]).keys() == KERNELS
+    compiled = json.loads(done.stdout)
+    assert compiled["warm"].keys() == KERNELS
+    assert compiled["late"] == {}

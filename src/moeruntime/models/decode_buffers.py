@@ -21,7 +21,6 @@ from moeruntime.kv_cache import blocks_for
 
 __all__ = [
     "BATCH_SIZES",
-    "EXACT",
     "StepBuffers",
     "StepShapes",
     "batch_sizes",
@@ -30,9 +29,6 @@ __all__ = [
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches are filled up to the next of these."""
-
-EXACT = Shape(rows=32, step=32, tokens=16, stages=2)
-"""How products in float32 are cut: that they fit any device is all that counts."""
 
 DECODED_BYTES = 2**30
 """Where a step of many tokens meets nested codes, so many bytes of weights are decoded at once."""
@@ -63,9 +59,10 @@ class StepShapes:
 
     @classmethod
     def of(cls, num_rows: int, *, exact: bool) -> StepShapes:
-        """Measured on an H200 at the sizes of Mixtral-8x7B; `exact` is float32."""
-        if exact:
-            return cls(EXACT, EXACT, EXACT, EXACT, EXACT)
+        """Measured on an H200 at the sizes of Mixtral-8x7B, up to 256 rows; `exact` is float32."""
+        if exact:  # that it fits any device is all that counts
+            one = Shape(rows=32, step=32, tokens=16, stages=2)
+            return cls(one, one, one, one, one)
         for most, shapes in _MEASURED.items():
             if num_rows <= most:
                 return shapes

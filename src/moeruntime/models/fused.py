@@ -34,14 +34,15 @@ from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
-from moeruntime.models.decode_buffers import EXACT, decoded_numel
+from moeruntime.models.decode_buffers import StepShapes, decoded_numel
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
 
 __all__ = ["FusedDecoder"]
 
-MANY = Shape(rows=64, step=64, tokens=64)
-"""How experts are cut for a step of many tokens, where no library product serves."""
+FEW_PAIRS = 512
+"""Of a token and a choice. Plain experts of a step with no more go through the kernels of decode,
+which are cut for up to so many: it waits for bytes, not for arithmetic."""
 
 
 class FusedDecoder:
@@ -182,14 +183,15 @@ class FusedDecoder:
         if by_library:
             rows_MH, row_TK = _library_experts(x_TH, lists, pool, self.decoded)
             return rows_MH, row_TK, lists.weights_TK
+        shapes = StepShapes.of(num_tokens, exact=attended_TH.dtype == torch.float32)
         scratch = None
         if isinstance(pool, CodedPool) and pool.fast:
             scratch = ByteRows(lists, num_tokens, hidden, self.config.intermediate_size)
         inner_MI = x_TH.new_empty(num_pairs, self.config.intermediate_size)
-        out_MSH = torch.empty(num_pairs, 1, hidden, dtype=torch.float32, device=x_TH.device)
-        shape = EXACT if attended_TH.dtype == torch.float32 else MANY
-        gate_up(pool, x_TH, lists, 0, shape, scratch, inner_MI)
-        down(pool, inner_MI, lists, 0, shape, scratch, out_MSH)
+        num_parts = down_parts(pool, shapes.down, num_pairs)
+        out_MSH = torch.empty(num_pairs, num_parts, hidden, dtype=torch.float32, device=x_TH.device)
+        gate_up(pool, x_TH, lists, 0, shapes.gate_up, scratch, inner_MI)
+        down(pool, inner_MI, lists, 0, shapes.down, scratch, out_MSH)
         return out_MSH.view(num_tokens, -1, hidden), None, None
 
 
@@ -309,7 +311,7 @@ def _library_serves(pool: KernelPool, num_pairs: int, dtype: torch.dtype) -> boo
     if dtype == torch.float32:  # exact steps go through our own kernels
         return False
     if isinstance(pool, DensePool):
-        return True
+        return num_pairs > FEW_PAIRS
     if pool.fast and num_pairs <= nested_fast.most_pairs(pool.gate_up.scale_SRG.device):
         return False
     return nested.can_decode(pool.gate_up) and nested.can_decode(pool.down)
