@@ -221,7 +221,8 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         sides = self._prompts.sides(prompt_ids)
         sequence = TokenSequence(request_id, request.variant, sides[0], sampling, sides[1])
-        stream = self._prompts.text(request.variant).stream(sampling.stop)
+        before = () if request.is_chat else sides[0]
+        stream = self._prompts.text(request.variant).stream(sampling.stop, before)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)
         return request_id
@@ -276,6 +277,8 @@ class Engine:
             if not chunks:
                 return []
             launched = self._runner.launch(chunks)
+        else:
+            self.scheduler.waiting.ran(launched.sequences, num_prompt_tokens=0)
         if self._goes_on(launched):
             self._ahead = self._runner.launch_next(launched)
         return [

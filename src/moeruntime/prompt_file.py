@@ -43,10 +43,11 @@ def read_prompts(
 def _parse_request(
     fields: Fields, model: str | None, chat: bool, default: SamplingParams
 ) -> Request:
-    stop = fields.raw("stop", list(default.stop))
+    stop = fields.raw("stop", None)
+    stop = list(default.stop) if stop is None else stop
     if not isinstance(stop, list) or not all(isinstance(one, str) for one in stop):
         fields.fail("field 'stop' must be a list of strings")
-    seed = fields.integer("seed", 0, 2**63) if fields.has("seed") else default.seed
+    seed = fields.integer("seed", 0, 2**64 - 1) if fields.has("seed") else default.seed
     fields.raw("seed", None)
     request = Request(
         variant=fields.text("model", model),

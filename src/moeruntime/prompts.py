@@ -54,7 +54,7 @@ class Prompts:
             if request.chat:
                 return text.encode_chat([{"role": "user", "content": prompt}], self._templates)
             return text.encode(prompt)
-        if prompt and all(isinstance(message, dict) for message in prompt):
+        if len(prompt) and all(isinstance(message, dict) for message in prompt):
             return text.encode_chat(
                 [dict(m) for m in prompt if isinstance(m, dict)], self._templates
             )
@@ -90,12 +90,14 @@ class Prompts:
             self.check_room(max_tokens, num_source=num_prompt_tokens)
             return replace(sampling, max_tokens=max_tokens)
         room = self._config.max_context - num_prompt_tokens
-        if room < 1:
+        # What a prompt's last token predicts takes no place, where nothing is to follow.
+        asks_of_prompt = sampling.prompt_logprobs is not None and sampling.max_tokens == 1
+        if room < 1 and not (room == 0 and asks_of_prompt):
             raise RequestError(
                 f"prompt of {num_prompt_tokens} tokens leaves no room in the context of "
                 f"{self._config.max_context}; shorten it"
             )
-        max_tokens = min(sampling.max_tokens, room)
+        max_tokens = min(sampling.max_tokens, max(1, room))
         self.check_room(num_prompt_tokens + max_tokens - 1)
         return replace(sampling, max_tokens=max_tokens)
 

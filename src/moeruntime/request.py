@@ -87,13 +87,19 @@ class Request:
         variant: a variant's name in the pack.
         prompt: text; or token ids, used as they are; or chat messages.
         sampling: how to choose tokens.
-        chat: wrap a text prompt as a user message in the variant's chat template.
+        chat: wrap a text prompt as a user message in the variant's chat template. The answer to a
+            chat, in token ids too, is a text of its own; any other goes on where the prompt ends.
     """
 
     variant: str
     prompt: str | Sequence[int] | Sequence[Message]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     chat: bool = False
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a chat."""
+        return self.chat or any(isinstance(one, dict) for one in self.prompt[:1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DAY_S = 86_400.0
+
+
+def _finite(seconds: float) -> float:
+    """Refuse what is no number, which is neither too small nor too large."""
+    if not math.isfinite(seconds):
+        raise typer.BadParameter(f"{seconds} is no number of seconds")
+    return seconds
 
 
 def serve(
@@ -81,17 +90,30 @@ def serve(
     max_wait: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0.01, help="A request that waits longer gets a 429 as well."
+            metavar="SECONDS",
+            min=0.01,
+            max=DAY_S,
+            callback=_finite,
+            help="A request that waits longer gets a 429 as well.",
         ),
     ] = 60.0,
     request_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.01, help="A request may take so long in all.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.01,
+            max=DAY_S,
+            callback=_finite,
+            help="A request may take so long in all.",
+        ),
     ] = 600.0,
     drain_timeout: Annotated[
         float,
         typer.Option(
             metavar="SECONDS",
             min=0.0,
+            max=DAY_S,
+            callback=_finite,
             help="On SIGTERM or Ctrl-C, requests under way get so long to finish; new ones get "
             "a 503. A second signal ends it at once.",
         ),
@@ -100,12 +122,23 @@ def serve(
         int, typer.Option(min=1, max=64, help="Size of a request's body, in MiB.")
     ] = 8,
     body_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.01, help="For a body to arrive.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.01,
+            max=DAY_S,
+            callback=_finite,
+            help="For a body to arrive.",
+        ),
     ] = 20.0,
     header_timeout: Annotated[
         float,
         typer.Option(
-            metavar="SECONDS", min=0.01, help="For headers to arrive, and for idle connections."
+            metavar="SECONDS",
+            min=0.01,
+            max=DAY_S,
+            callback=_finite,
+            help="For headers to arrive, and for idle connections.",
         ),
     ] = 10.0,
     quiet: Annotated[

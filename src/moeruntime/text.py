@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import select
 import subprocess
 import sys
@@ -19,6 +20,12 @@ from moeruntime.strict_json import read_json
 __all__ = ["ChatTemplates", "TextStream", "VariantText", "parse_tokenizer"]
 
 RENDER_TIMEOUT_S = 5.0
+TOKENS_BEFORE, CHARACTER_TOKENS = 8, 4
+"""Of a prompt, that say how its text goes on; and that a character may take."""
+
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What half a character decodes to."""
+
 MAX_PROMPT_CHARACTERS = 4 * 1024 * 1024
 _WORKER = Path(__file__).with_name("template_worker.py")
 
@@ -85,13 +92,32 @@ class VariantText:
             )
         return self._tokenizer
 
-    def stream(self, stop: Sequence[str]) -> TextStream:
+    def stream(self, stop: Sequence[str], before: Sequence[int] = ()) -> TextStream:
         """Start turning an answer into text, which stays empty without a tokenizer.
+
+        Args:
+            stop: strings that the text ends before.
+            before: the tokens that it goes on from; without them it is a text of its own.
 
         Raises:
             TokenizerError: stop strings can only be found with a tokenizer.
         """
-        return TextStream(self.tokenizer if stop else self._tokenizer, stop)
+        return TextStream(self.tokenizer if stop else self._tokenizer, stop, before)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for, of half a character too; of several in a row, joined."""
+        decode = self.tokenizer.decode
+        alone = decode([token], skip_special_tokens=False)
+        # As it is in the middle of others, with its leading space.
+        text = decode([token, token], skip_special_tokens=False)[len(alone) :]
+        name = self.tokenizer.id_to_token(token) or ""
+        if HALF not in text:
+            return text.encode()
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        if all(char in _BYTE_OF for char in name):
+            return bytes(_BYTE_OF[char] for char in name)
+        return text.encode()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with whatever the tokenizer puts around it (usually <s>)."""
@@ -140,16 +166,34 @@ class VariantText:
         return ids
 
 
+def _byte_of() -> dict[str, int]:
+    """What the characters of byte-level vocabularies stand for: bytes that print are themselves."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {
+        chr(256 + idx): byte for idx, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_of()
+
+
 class TextStream:
     """Tokens to text, piece by piece, never showing half a character or half a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        """Start with no tokens; without a tokenizer there will be no text."""
+    def __init__(
+        self, tokenizer: Tokenizer | None, stop: Sequence[str], before: Sequence[int] = ()
+    ) -> None:
+        """Start after some tokens, whose text is known; without a tokenizer there will be none.
+
+        The first token's text depends on them: at the beginning of a text tokenizers like that of
+        Mixtral drop its leading space.
+        """
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._start = 0
-        self._decoded = 0
+        self._ids = list(before[-(TOKENS_BEFORE + 2 * CHARACTER_TOKENS) :])
+        self._num_before = len(self._ids)
+        self._start, self._decoded = self._whole_characters()
         self._held = ""
         self.text = ""
         self.stopped = False
@@ -161,7 +205,19 @@ class TextStream:
 
     def finish(self) -> str:
         """No more tokens: returns what was held back."""
-        return self._emit(self._decode(final=True), final=True)
+        new = "" if len(self._ids) == self._num_before else self._decode(final=True)
+        return self._emit(new, final=True)
+
+    def _whole_characters(self) -> tuple[int, int]:
+        """Which of the tokens before make whole characters; with those after the text begins."""
+        last, count = self._num_before, CHARACTER_TOKENS
+        for stop in range(last, max(-1, last - count), -1) if self._tokenizer else ():
+            first = max(0, stop - TOKENS_BEFORE)
+            for start in range(first, max(-1, first - count), -1):
+                text = self._tokenizer.decode(self._ids[start:stop])
+                if not text.startswith(HALF) and not text.endswith(HALF):
+                    return start, stop
+        return max(0, last - TOKENS_BEFORE), last
 
     def _decode(self, *, final: bool = False) -> str:
         """The text of the tokens since the last certain one.
@@ -173,7 +229,7 @@ class TextStream:
             return ""
         before = self._tokenizer.decode(self._ids[self._start : self._decoded])
         after = self._tokenizer.decode(self._ids[self._start :])
-        if not final and (after.endswith("\N{REPLACEMENT CHARACTER}") or len(after) <= len(before)):
+        if not final and (after.endswith(HALF) or len(after) <= len(before)):
             return ""
         self._start, self._decoded = self._decoded, len(self._ids)
         return after[len(before) :]

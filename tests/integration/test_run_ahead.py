@@ -104,6 +104,21 @@ def test_running_ahead_changes_no_answer(
     assert {output.finish_reason for output in ahead} == {"stop", "length"}
 
 
+def test_steps_ahead_are_paid_for(
+    engine: Engine, graphs: PlainGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid: list[int] = []
+
+    def ran(decoded: Sequence[object], num_prompt_tokens: int) -> None:
+        paid.append(len(decoded))
+
+    monkeypatch.setattr(engine.scheduler.waiting, "ran", ran)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    engine.generate([Request("base", [1, 2, 3], params), Request("math", [4, 5, 6], params)])
+    assert graphs.num_ahead > 5
+    assert sum(paid) == 2 * 8, "all tokens but the first, which the prompt pays for"
+
+
 def test_whoever_comes_while_a_step_is_ahead_is_served_like_the_others(
     engine: Engine, graphs: PlainGraphs
 ) -> None:

@@ -120,6 +120,29 @@ def test_log_probabilities_with_the_prompt_echoed(client: openai.OpenAI, engine:
     assert "".join(chunk.choices[0].text for chunk in streamed) == choice.text
 
 
+def test_offsets_count_characters_though_they_are_several_tokens(client: openai.OpenAI) -> None:
+    prompt = "日本 x 👍 y"
+    (choice,) = complete(client, prompt=prompt, max_tokens=1, logprobs=0, echo=True).choices
+    found = choice.logprobs
+    assert found.text_offset == sorted(found.text_offset)
+    whole = [
+        (token, offset)
+        for token, offset in zip(found.tokens[1:], found.text_offset[1:], strict=True)
+        if "\N{REPLACEMENT CHARACTER}" not in token
+    ]
+    assert 3 <= len(whole) < len(found.tokens) - 4
+    for token, offset in whole:
+        assert choice.text[offset:].startswith(token)
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(client: openai.OpenAI) -> None:
+    ids = [5] * 2048
+    answer = complete(client, prompt=ids, max_tokens=0, logprobs=0, echo=True)
+    assert len(answer.choices[0].logprobs.token_logprobs) == len(ids)
+    with pytest.raises(openai.BadRequestError, match="no room in the context"):
+        complete(client, prompt=ids, max_tokens=1)
+
+
 def test_a_prompt_alone_can_be_scored(client: openai.OpenAI) -> None:
     answer = complete(client, max_tokens=0, logprobs=0, echo=True)
     (choice,) = answer.choices
@@ -138,6 +161,16 @@ def test_chat_in_one_piece_and_streamed(client: openai.OpenAI, engine: Engine) -
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected.text
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_bytes_of_tokens_join_to_characters(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="math", messages=CHAT, temperature=4, seed=3, max_tokens=60, logprobs=True
+    )
+    content = answer.choices[0].logprobs.content
+    joined = b"".join(bytes(one.bytes) for one in content).decode(errors="replace")
+    assert joined.strip().startswith(answer.choices[0].message.content.strip()[:40])
+    assert any(bytes(one.bytes) != one.token.encode() for one in content), "half a character"
 
 
 def test_chat_log_probabilities(client: openai.OpenAI) -> None:

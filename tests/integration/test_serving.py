@@ -75,6 +75,8 @@ def test_a_full_queue_says_when_to_come_back_and_only_to_its_own_variant(
         assert server.metric("moec:request_rejected_total", reason="queue_full") == sum(
             one.status == 429 for one in answers
         )
+        never = server.post("/v1/completions", body("base", n=4, max_tokens=1))
+        assert never.status == 400 and "at most 3" in never.error["message"]
 
 
 def test_who_waits_too_long_is_told_so_and_who_takes_too_long_too(pack: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 from moeruntime import text as text_module
@@ -36,6 +36,31 @@ MULTIBYTE = [
 ]
 
 
+def sentencepiece() -> Tokenizer:
+    """A tokenizer as Mixtral has it: words begin with a mark, bytes stand for rare characters."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["\u2581", *map(chr, range(33, 127)), "\u2581T", "\u2581To", "\u2581Tom", "\u2581h"]
+    vocab = {name: idx for idx, name in enumerate(names)}
+    merges = [("\u2581", "T"), ("\u2581T", "o"), ("\u2581To", "m"), ("\u2581", "h")]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    return made
+
+
+SENTENCEPIECE = sentencepiece()
+
+
 def run(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[TextStream, list[str]]:
     """Push until it stops, as the engine does, and finish."""
     stream = TextStream(TOKENIZER, stop)
@@ -50,6 +75,40 @@ def run(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[TextStream, list[st
 
 
 # -- detokenisation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("text", ["Tom has the  hat", "Tom", *MULTIBYTE[:5]])
+def test_an_answer_goes_on_where_the_prompt_ends(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    for cut in range(len(ids)):
+        # Half a character is no text: the answer has all of it.
+        prompts = [tokenizer.decode(ids[:whole]) for whole in range(cut + 1)]
+        prompt = [one for one in prompts if not one.endswith("\N{REPLACEMENT CHARACTER}")][-1]
+        stream = TextStream(tokenizer, (), ids[:cut])
+        pieces = [stream.push(token) for token in ids[cut:]]
+        pieces.append(stream.finish())
+        assert "".join(pieces) == stream.text
+        assert prompt + stream.text == text
+
+
+def test_an_answer_that_does_not_go_on_begins_without_a_space() -> None:
+    stream = TextStream(SENTENCEPIECE, ())
+    for token in SENTENCEPIECE.encode("Tom has").ids:
+        stream.push(token)
+    assert stream.text == "Tom has"
+    assert TextStream(SENTENCEPIECE, (), SENTENCEPIECE.encode("Tom").ids).finish() == ""
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, SENTENCEPIECE], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize("text", MULTIBYTE[:6])
+def test_bytes_of_tokens_join_to_the_text(tokenizer: Tokenizer, text: str, pack: Path) -> None:
+    variant = VariantText(Pack(pack), "base")
+    variant._tokenizer = tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    joined = b"".join(variant.token_bytes(token) for token in ids).decode()
+    assert joined.removeprefix("" if tokenizer is TOKENIZER else " ") == text
 
 
 @pytest.mark.parametrize("text", MULTIBYTE)

@@ -70,7 +70,12 @@ class Exchange:
         self._loop = loop
         self.open = {
             choice: Job(
-                Request(asked.model, prompts[choice // asked.n], asked.sampling_of(choice)),
+                Request(
+                    asked.model,
+                    prompts[choice // asked.n],
+                    asked.sampling_of(choice),
+                    chat=asked.endpoint == "chat",
+                ),
                 choice,
                 self.events,
             )
@@ -219,6 +224,12 @@ class Desk:
         """
         self.check_ready()
         model = asked.model
+        if asked.num_choices > self.limits.max_queue:
+            raise ApiError(
+                400,
+                f"'n' times the prompts is {asked.num_choices}; at most {self.limits.max_queue} "
+                "sequences of a model may wait",
+            )
         if self.num_waiting(model) + asked.num_choices > self.limits.max_queue:
             raise self._too_many(model)
         self._reserved[model] += asked.num_choices

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hmac
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -75,7 +76,7 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        held_bytes = 0
+        held = _Held()
         try:
             self._check(scope)
             body = b""
@@ -84,22 +85,20 @@ class Guard:
                 self._check_length(scope)
                 try:
                     async with asyncio.timeout(self._body_timeout_s):
-                        body = await self._read(receive)
+                        body = await self._read(receive, held)
                 except TimeoutError:
                     raise ApiError(
                         408,
                         f"the body did not arrive within {self._body_timeout_s:g} s",
                         headers={"Connection": "close"},
                     ) from None
-            held_bytes = len(body)
-            self._bodies_bytes += held_bytes
             await self._app(scope, _replay(body, receive), noting)
         except _Gone:
             pass
         except ApiError as problem:
             await error_response(problem)(scope, receive, noting)
         finally:
-            self._bodies_bytes -= held_bytes
+            self._bodies_bytes -= held.num_bytes
             taken_ms = 1000 * (time.perf_counter() - start_s)
             client = scope["client"][0] if scope.get("client") else "-"
             method, path = scope["method"], escaped(scope["path"][:200])
@@ -132,11 +131,9 @@ class Guard:
         length = _header(scope, b"content-length")
         expected = int(length) if length.isdigit() else 0
         if self._bodies_bytes + expected > MAX_BODIES_BYTES:
-            raise ApiError(
-                429, "too many large requests at once", "rate_limit_error", retry_after_s=1
-            )
+            raise _too_many()
 
-    async def _read(self, receive: Receive) -> bytes:
+    async def _read(self, receive: Receive, held: _Held) -> bytes:
         """The whole body; one that is too large is read to its end and thrown away."""
         parts: list[bytes] = []
         num_bytes = 0
@@ -144,11 +141,17 @@ class Guard:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _Gone
-            num_bytes += len(message.get("body", b""))
+            part = message.get("body", b"")
+            num_bytes += len(part)
             if num_bytes <= self._max_body_bytes:
-                parts.append(message.get("body", b""))
+                parts.append(part)
+                kept_bytes = len(part)
             else:
-                parts = []
+                parts, kept_bytes = [], -held.num_bytes
+            held.num_bytes += kept_bytes
+            self._bodies_bytes += kept_bytes
+            if kept_bytes > 0 and self._bodies_bytes > MAX_BODIES_BYTES:
+                raise _too_many()
             ended = not message.get("more_body", False)
             if num_bytes > self._max_body_bytes and (ended or num_bytes > LINGER_BYTES):
                 raise ApiError(
@@ -158,6 +161,23 @@ class Guard:
                 )
             if ended:
                 return b"".join(parts)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a request has of all bodies."""
+
+    num_bytes: int = 0
+
+
+def _too_many() -> ApiError:
+    return ApiError(
+        429,
+        "too many large requests at once",
+        "rate_limit_error",
+        retry_after_s=1,
+        headers={"Connection": "close"},
+    )
 
 
 class _Gone(Exception):  # noqa: N818

@@ -10,7 +10,7 @@ from typing import Any
 
 from moeruntime.request import Delta, Output, TokenLogprobs
 from moeruntime.server.protocol import Generation
-from moeruntime.text import VariantText
+from moeruntime.text import TextStream, VariantText
 
 __all__ = ["Shaper"]
 
@@ -19,8 +19,15 @@ Chunk = dict[str, Any]
 
 @dataclass(slots=True)
 class _Choice:
-    """How far one choice of a completion has come, in characters."""
+    """How far one choice of a completion has come.
 
+    Attributes:
+        stream: the text of the tokens that were told of, as it becomes certain.
+        offset: its length in characters.
+        begun: whether something was sent.
+    """
+
+    stream: TextStream
     offset: int = 0
     begun: bool = False
 
@@ -42,7 +49,11 @@ class Shaper:
         self._prompts = prompts
         self._text = text
         self._chat = asked.endpoint == "chat"
-        self._places = [_Choice() for _ in range(asked.num_choices)]
+        # Where the prompt is part of the text, so are its tokens.
+        self._places = [
+            _Choice(text.stream((), () if asked.echo else prompts[choice // asked.n]))
+            for choice in range(asked.num_choices)
+        ]
         self._num_new = 0
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -142,7 +153,7 @@ class Shaper:
         prompt = self._asked.prompts[idx]
         if isinstance(prompt, str):
             return prompt
-        return self._text.tokenizer.decode(list(self._prompts[idx]), skip_special_tokens=False)
+        return self._text.tokenizer.decode(list(self._prompts[idx]))
 
     def _of_prompt(
         self, choice: int, logprobs: Sequence[TokenLogprobs]
@@ -168,8 +179,7 @@ class Shaper:
                 top.setdefault(self._token(other), value)
             tops.append(top if one is not None else None)
             offsets.append(place.offset)
-            # Special tokens are no part of the text.
-            place.offset += len(tokens[-1]) if self._text.tokenizer.decode([token]) else 0
+            place.offset += len(place.stream.push(token))
         return {
             "tokens": tokens,
             "token_logprobs": values,
@@ -184,8 +194,8 @@ class Shaper:
             return None
 
         def one(token: int, logprob: float) -> dict[str, Any]:
-            text = self._token(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            spelled = list(self._text.token_bytes(token))
+            return {"token": self._token(token), "logprob": logprob, "bytes": spelled}
 
         return {
             "content": [
@@ -197,7 +207,5 @@ class Shaper:
         }
 
     def _token(self, token: int) -> str:
-        """A token's text as it is in the middle of others, with its leading space."""
-        decode = self._text.tokenizer.decode
-        alone = decode([token], skip_special_tokens=False)
-        return decode([token, token], skip_special_tokens=False)[len(alone) :]
+        """A token's text, half a character as a sign that stands for it."""
+        return self._text.token_bytes(token).decode(errors="replace")
