@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
+from moeconsolidate.allocation import options_for
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.coding import nested_format
+from moeconsolidate.compatibility import check_compatible
 from moeconsolidate.encoding import encode
 from moeconsolidate.pieces import UNWEIGHED_SCRATCH
 from moeconsolidate.plan import Recipe, default_code
@@ -29,8 +31,8 @@ from moeconsolidate.similarity import cosine_similarity, warm_up
 from moeconsolidate.sources import HubRef, Models, parse_sources
 from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
 from moeruntime.bench.machine import peak_bytes
-from moeruntime.codes import nested_bytes
-from moeruntime.pack.manifest import EXPERT_PARTS
+from moeruntime.codes import PrivateCode, nested_bytes
+from moeruntime.errors import InputError
 
 __all__ = ["Estimate", "dry_run"]
 
@@ -81,7 +83,7 @@ def dry_run(
         calibration: files of text by variant.
 
     Raises:
-        UsageError, CheckpointError, TokenizerError, HubError: as from `consolidate`.
+        UsageError, InputError, CheckpointError, TokenizerError, HubError: as from `consolidate`.
     """
     sources = parse_sources(models)
     with tempfile.TemporaryDirectory(prefix="moec-preview-") as scratch, ExitStack() as stack:
@@ -95,6 +97,10 @@ def dry_run(
         checkpoints = [
             stack.enter_context(Checkpoint(one.name, folders[one.name])) for one in sources
         ]
+        check_compatible(checkpoints)
+        for file in (one for files in calibration.values() for one in files):
+            if not file.is_file():
+                raise InputError(f"{file}: no such file")
         recipe = resolve_recipe(
             checkpoints,
             **{**dict.fromkeys(_CHOICES), "align": False, **choices},
@@ -130,24 +136,33 @@ def _pack_bytes(checkpoints: Sequence[Checkpoint], recipe: Recipe) -> tuple[int,
     if recipe.code == "plain":
         shared, apart = first.expert_num_bytes, num_variants * first.expert_num_bytes
     else:
-        shared = _coded_bytes(checkpoints, recipe, num_variants)
-        apart = num_variants * _coded_bytes(checkpoints, recipe, 1)
+        least, most = _private_codes(recipe)
+        shared = _coded_bytes(checkpoints, recipe, [least] * num_variants)
+        apart = num_variants * _coded_bytes(checkpoints, recipe, [most])
     experts = (num_experts * shared, num_experts * apart)
     if recipe.budget_bytes is not None:
         experts = (min(experts[0], recipe.budget_bytes), recipe.budget_bytes)
     return experts[0] + max(rest), experts[1] + sum(rest)
 
 
-def _coded_bytes(checkpoints: Sequence[Checkpoint], recipe: Recipe, num_members: int) -> int:
-    """Bytes of a nested slot; private bits are the default's, or none where a budget decides."""
+def _private_codes(recipe: Recipe) -> tuple[PrivateCode, PrivateCode]:
+    """The fewest and the most private bits of an expert: the default's, unless bits are chosen."""
+    if not recipe.allocated:
+        code = default_code(recipe.shared_bits)
+        return code, code
+    options = sorted(options_for(recipe.shared_bits), key=lambda code: code.bits)
+    return options[0], options[-1]
+
+
+def _coded_bytes(
+    checkpoints: Sequence[Checkpoint], recipe: Recipe, private: Sequence[PrivateCode]
+) -> int:
+    """Bytes of a nested slot with such private codes of its members."""
     config = checkpoints[0].config
-    shapes = {
-        "gate_up": (2 * config.intermediate_size, config.hidden_size),
-        "down": (config.hidden_size, config.intermediate_size),
-    }
     formats = nested_format(config, recipe.shared_bits)
-    private = [] if recipe.allocated else [default_code(recipe.shared_bits)] * num_members
-    return sum(nested_bytes(*shapes[part], formats[part], private) for part in EXPERT_PARTS)
+    return sum(
+        nested_bytes(*shape, formats[part], private) for part, shape in config.part_shapes.items()
+    )
 
 
 def _memory_bytes(checkpoints: Sequence[Checkpoint], recipe: Recipe, most_bytes: int) -> int:

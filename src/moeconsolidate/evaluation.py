@@ -60,11 +60,16 @@ class EvaluationRow:
             "model": self.variant,
             "data": self.data,
             "tokens": self.score.num_tokens,
-            "nll": self.score.nll,
-            "perplexity": self.score.perplexity,
-            "reference_nll": None if self.reference is None else self.reference.nll,
-            "nll_increase": self.increase,
+            "nll": _finite(self.score.nll),
+            "perplexity": _finite(self.score.perplexity),
+            "reference_nll": None if self.reference is None else _finite(self.reference.nll),
+            "nll_increase": None if self.increase is None else _finite(self.increase),
         }
+
+
+def _finite(value: float) -> float | None:
+    """What JSON has a number for."""
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll)
+        """exp(nll), which may be more than there are numbers for."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
 
 def evaluate_pack(

@@ -16,11 +16,11 @@ from torch import Tensor
 from moeconsolidate.alignment import neuron_order, reorder_neurons, reorder_statistics
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.importance import Statistics
-from moeconsolidate.plan import ExpertRef, LayerPlan, Recipe
+from moeconsolidate.plan import LOSSLESS_THRESHOLD, ExpertRef, LayerPlan, Recipe
 from moeconsolidate.signals import expert_outputs, neurons
 from moeconsolidate.similarity import check_rows, cosine_similarity, linear_cka
 from moeconsolidate.threads import num_places, side_by_side, single_threaded_torch
-from moeruntime.errors import ResourceError
+from moeruntime.errors import ResourceError, UsageError
 from moeruntime.hostmemory import new_tensor
 
 __all__ = ["LayerReader"]
@@ -79,12 +79,15 @@ class LayerReader:
 
         Raises:
             CheckpointError: an expert is zero or not finite.
+            UsageError: the plan is a lossless one of other models.
         """
         if planned is None:
             labels = self._share(self._keys)
             planned = LayerPlan.from_labels(self._layer, labels, self._config.num_experts)
         else:
             check_rows(self.experts_EP, describe=self._describe)
+            if self._recipe.lossless:
+                self._check_identical(planned)
         if self._recipe.alignment == "neurons":
             self._align(planned)
         return planned
@@ -111,7 +114,7 @@ class LayerReader:
         """Label the rows: equal labels share a slot."""
         from moeconsolidate.clustering import cluster_labels, identity_labels
 
-        if self._recipe.lossless:
+        if self._recipe.threshold == LOSSLESS_THRESHOLD:
             check_rows(self.experts_EP, describe=self._describe)
             return identity_labels(keys)
         return cluster_labels(self._similarity(), self._recipe.threshold)
@@ -150,8 +153,21 @@ class LayerReader:
         for ref, order_I in self._orders.items():
             reorder_neurons(self._row(ref), order_I, self._config)
 
+    def _check_identical(self, plan: LayerPlan) -> None:
+        for slot in plan.slots:
+            for ref in slot[1:]:
+                if self._keys[self._row_of(ref)] != self._keys[self._row_of(slot[0])]:
+                    raise UsageError(
+                        f"the plan was made of other models: at threshold 1.0 only bit-identical "
+                        f"experts share a slot, and {self._describe(self._row_of(ref))} is another "
+                        f"than {self._describe(self._row_of(slot[0]))}; make the plan anew"
+                    )
+
     def _row(self, ref: ExpertRef) -> Tensor:
-        return self.experts_EP[ref.variant_idx * self._config.num_experts + ref.expert]
+        return self.experts_EP[self._row_of(ref)]
+
+    def _row_of(self, ref: ExpertRef) -> int:
+        return ref.variant_idx * self._config.num_experts + ref.expert
 
     def _describe(self, row: int) -> str:
         idx, expert = divmod(row, self._config.num_experts)

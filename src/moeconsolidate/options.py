@@ -160,6 +160,14 @@ def pairs_of(option: str, values: Sequence[str]) -> list[tuple[str, Path]]:
     return pairs
 
 
+def once(option: str, pairs: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """NAME=PATH values of an option that takes one for each name."""
+    for name, _ in pairs:
+        if sum(one == name for one, _ in pairs) > 1:
+            raise UsageError(f"{option} is given twice for '{name}'")
+    return dict(pairs)
+
+
 def texts_of(values: Sequence[str] | None) -> dict[str, list[Path]]:
     """Read the values of --calibration: variant -> files."""
     texts: dict[str, list[Path]] = {}

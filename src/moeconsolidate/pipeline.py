@@ -174,7 +174,8 @@ def consolidate(
                 layers.append(shared)
                 statistics = learned.statistics and reader.aligned(learned.statistics)
                 if nested is None:
-                    rule = MERGE_RULES[recipe.merge]
+                    # Identical ones need no sums, which might not keep the last bit of each.
+                    rule = MERGE_RULES["first" if recipe.lossless else recipe.merge]
                     writer.write_layer(
                         shared, _merger(rule, shared, reader.experts_EP, config, statistics)
                     )

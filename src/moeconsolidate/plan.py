@@ -18,6 +18,8 @@ from moeruntime.pack.manifest import ExpertCodes
 from moeruntime.strict_json import Fields, parse_json
 
 __all__ = [
+    "LOSSLESS_THRESHOLD",
+    "MAX_BUDGET_BYTES",
     "ConsolidationPlan",
     "ExpertRef",
     "LayerPlan",
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 LOSSLESS_THRESHOLD = 1.0
 DEFAULT_THRESHOLD = 0.9
+MAX_BUDGET_BYTES = 2**62
 _CHOICES = {
     "similarity": ("cosine", "cka"),
     "signal": ("weights", "activations"),
@@ -89,7 +92,7 @@ class Recipe:
 
     Attributes:
         threshold: experts share a slot where their average similarity reaches this; 1.0 shares
-            bit-identical experts only, and so loses nothing.
+            bit-identical experts only, and where code is "plain" so loses nothing.
         similarity: how two experts are compared: "cosine" or "cka", as `similarity` defines them.
         signal: what is compared: "weights" or "activations", as `signals` defines them.
         linkage: how the similarity of two clusters follows from their members'.
@@ -130,8 +133,10 @@ class Recipe:
             raise UsageError(f"threshold {self.threshold} is outside 0..1")
         if not 2 <= self.shared_bits <= 6:
             raise UsageError(f"{self.shared_bits} shared bits are outside 2..6")
-        if self.budget_bytes is not None and self.budget_bytes < 1:
-            raise UsageError(f"budget of {self.budget_bytes} bytes; it must be at least 1")
+        if self.budget_bytes is not None and not 1 <= self.budget_bytes <= MAX_BUDGET_BYTES:
+            raise UsageError(
+                f"budget of {self.budget_bytes} bytes is outside 1..{MAX_BUDGET_BYTES}"
+            )
         if self.max_loss is not None and not 0.0 < self.max_loss <= 100.0:
             raise UsageError(f"max loss {self.max_loss} is outside 0..100 nats per token")
         if self.budget_bytes is not None and self.max_loss is not None:
@@ -190,7 +195,9 @@ class Recipe:
                 **{name: source.text(name) for name in _CHOICES},
                 shared_bits=source.integer("shared_bits", 2, 6),
                 budget_bytes=_optional(
-                    source, "budget_bytes", lambda: source.integer("budget_bytes", 1, 2**62)
+                    source,
+                    "budget_bytes",
+                    lambda: source.integer("budget_bytes", 1, MAX_BUDGET_BYTES),
                 ),
                 max_loss=_optional(
                     source, "max_loss", lambda: source.number("max_loss", 0.0, 100.0)

@@ -26,6 +26,7 @@ from moeconsolidate.plan import (
     DEFAULT_SHARED_BITS,
     DEFAULT_THRESHOLD,
     LOSSLESS_THRESHOLD,
+    MAX_BUDGET_BYTES,
     ConsolidationPlan,
     LayerPlan,
     Prediction,
@@ -371,6 +372,8 @@ def _budget_bytes(text: str, checkpoints: Sequence[Checkpoint]) -> int:
             f"budget '{text}' is neither a part, such as 0.25x, nor bytes, such as 60GB"
         )
     value, unit = float(match[1]), match[2].upper()
+    if value > MAX_BUDGET_BYTES:
+        raise UsageError(f"budget '{text[:40]}' is more than {MAX_BUDGET_BYTES} bytes")
     if unit != "X":
         return int(value * _UNITS[unit])
     config = checkpoints[0].config

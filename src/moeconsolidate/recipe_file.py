@@ -24,6 +24,9 @@ from moeruntime.strict_json import Fields
 __all__ = ["Request", "read_request"]
 
 MAX_BYTES = 2**20
+ONE_OF = ("budget", "max_loss")
+"""Of which one follows from the other: whoever chooses either has chosen both."""
+
 _READERS: Mapping[str, Callable[[Fields, str], Any]] = {
     "threshold": lambda fields, key: fields.number(key, 0.0, 1.0),
     "similarity": Fields.text,
@@ -75,9 +78,12 @@ def read_request(
     if not models and not request.models:
         raise UsageError("Missing argument '[NAME=]MODEL'; see `moec consolidate --help`")
     chosen = {name: value for name, value in given.items() if value is not None}
+    kept = request.choices
+    if any(name in chosen for name in ONE_OF):
+        kept = {name: value for name, value in kept.items() if name not in ONE_OF}
     return Request(
         models or request.models,
-        {**request.choices, **chosen},
+        {**kept, **chosen},
         {**request.calibration, **calibration},
     )
 
@@ -129,4 +135,6 @@ def _at_home(path: Path, model: str) -> str:
         name, equals, place = "", "", model
     beside = path.parent / place
     is_folder = place and not Path(place).is_absolute() and beside.is_dir()
+    if is_folder and not equals and "=" in str(beside).partition("/")[0]:
+        return f"./{beside}"  # or its name would be taken for a variant's
     return f"{name}{equals}{beside}" if is_folder else model

@@ -50,7 +50,7 @@ def sign_pack(pack: Path, private_key: Path) -> Path:
             f"{private_key}: no private key of an elliptic curve in PEM without a password "
             f"({type(problem).__name__})"
         ) from None
-    config.set_hashing_config(_all_but(signature))
+    config.set_hashing_config(_all_but_the_signature())
     try:
         config.sign(pack, partial)
         partial.rename(signature)
@@ -83,7 +83,7 @@ def check_signature(pack: Path, public_key: Path) -> None:
         raise InputError(
             f"{public_key}: no public key of an elliptic curve in PEM ({type(problem).__name__})"
         ) from None
-    config.set_hashing_config(_all_but(signature))
+    config.set_hashing_config(_all_but_the_signature())
     try:
         config.verify(pack, signature)
     # A signature comes from strangers, and the library has no error of its own for a bad one.
@@ -94,11 +94,12 @@ def check_signature(pack: Path, public_key: Path) -> None:
         ) from None
 
 
-def _all_but(signature: Path) -> hashing.Config:
+def _all_but_the_signature() -> hashing.Config:
     """What is hashed: all files of the pack but the signature itself."""
     from model_signing import hashing
 
-    return hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
+    # Relative to the pack, wherever that is.
+    return hashing.Config().set_ignored_paths(paths=[SIGNATURE_NAME], ignore_git_paths=False)
 
 
 def _check_key(path: Path) -> None:

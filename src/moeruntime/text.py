@@ -210,11 +210,13 @@ class TextStream:
 
     def _whole_characters(self) -> tuple[int, int]:
         """Which of the tokens before make whole characters; with those after the text begins."""
-        last, count = self._num_before, CHARACTER_TOKENS
-        for stop in range(last, max(-1, last - count), -1) if self._tokenizer else ():
+        last, tokenizer = self._num_before, self._tokenizer
+        if tokenizer is None:
+            return last, last
+        for stop in range(last, max(-1, last - CHARACTER_TOKENS), -1):
             first = max(0, stop - TOKENS_BEFORE)
-            for start in range(first, max(-1, first - count), -1):
-                text = self._tokenizer.decode(self._ids[start:stop])
+            for start in range(first, max(-1, first - CHARACTER_TOKENS), -1):
+                text = tokenizer.decode(self._ids[start:stop])
                 if not text.startswith(HALF) and not text.endswith(HALF):
                     return start, stop
         return max(0, last - TOKENS_BEFORE), last

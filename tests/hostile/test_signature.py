@@ -82,3 +82,12 @@ def test_81_keys_that_are_none(refused: Refused, bad_pack: Path, keys: Path) -> 
     refused(3, [f"{keys}: not a regular file"], "sign", bad_pack, "--key", keys)
     refused(3, ["no private key of an elliptic"], "sign", bad_pack, "--key", keys / "ours.pub")
     refused(3, ["no private key"], "sign", bad_pack, "--key", bad_pack / "README.md")
+
+
+def test_81_a_relative_path(
+    moec: Moec, bad_pack: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bad_pack.parent)
+    assert moec("sign", bad_pack.name, "--key", keys / "ours.pem")[0] == 0
+    for place in (bad_pack.name, bad_pack, f"../{bad_pack.parent.name}/{bad_pack.name}"):
+        assert moec("verify", place, "--key", keys / "ours.pub", "--quiet")[0] == 0

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from helpers import tree_digests
+from helpers import MakeCheckpoint, tree_digests
 from hub_fixtures import hub
 from hub_server import Hub
 from moeconsolidate import cli, consolidate
 from moeconsolidate.dry_run import dry_run
+from moeconsolidate.evaluation import EvaluationRow, Score
+from moeconsolidate.options import once, pairs_of
 from moeconsolidate.report import summarise
 from moeruntime import Pack
+from moeruntime.errors import CheckpointError, InputError, UsageError
 
 __all__ = ["hub"]
 
@@ -122,3 +126,35 @@ def test_nothing_is_downloaded_for_it(
     code, _, err = moec(capfd, "plan", *models, "--dry-run", "--out", tmp_path / "plan.json")
     assert code == 2
     assert "--dry-run decides nothing" in err
+
+
+def test_a_dry_run_refuses_what_fits_no_pack(
+    make_checkpoint: MakeCheckpoint, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    other = make_checkpoint("other")
+    with pytest.raises(CheckpointError):
+        dry_run({"base": checkpoints["base"], "other": other}, {}, {})
+    same = {"a": other, "b": make_checkpoint("same")}
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        dry_run(same, {"budget": "0.3x"}, {name: [tmp_path / "nowhere.jsonl"] for name in same})
+
+
+def test_what_no_number_fits(
+    capfd: pytest.CaptureFixture[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    models = [f"{name}={checkpoints[name]}" for name in ("base", "math")]
+    for budget in ("9" * 400 + "x", "99999999999GB"):
+        code, _, err = moec(capfd, "plan", *models, "--budget", budget)
+        assert code == 2 and "4611686018427387904" in err
+    code, _, err = moec(capfd, "plan", *models, "--out", tmp_path / "no" / "plan.json")
+    assert code == 2 and "no such folder" in err
+    assert Score(1, 800.0).perplexity == math.inf
+    row = EvaluationRow("a", "a.jsonl", Score(1, 800.0), Score(1, math.nan))
+    assert row.to_json()["perplexity"] is row.to_json()["nll_increase"] is None
+
+
+def test_a_reference_is_given_once() -> None:
+    pairs = pairs_of("--reference", ["a=x", "b=y", "a=z"])
+    with pytest.raises(UsageError, match="twice for 'a'"):
+        once("--reference", pairs)
+    assert once("--reference", pairs[:2]) == {"a": Path("x"), "b": Path("y")}

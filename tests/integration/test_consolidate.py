@@ -18,7 +18,7 @@ from torch import Tensor
 from helpers import TINY_CONFIG, MakeCheckpoint, random_tensors, tree_digests
 from moeconsolidate import consolidate, export_variant
 from moeconsolidate.layers import LayerReader
-from moeconsolidate.pipeline import Checkpoint
+from moeconsolidate.pipeline import Checkpoint, make_plan
 from moeconsolidate.plan import Progress
 from moeconsolidate.report import summarise
 from moeruntime import Pack, verify_pack
@@ -481,3 +481,47 @@ def test_a_write_that_fails_leaves_nothing(
     with pytest.raises(ResourceError, match="pack: cannot be written: No space left on device"):
         consolidate(checkpoints, tmp_path / "pack")
     assert list(tmp_path.iterdir()) == []
+
+
+def _scale_experts(tensors: dict[str, Tensor], by: float) -> None:
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            tensor.mul_(by)
+
+
+def test_a_lossless_plan_of_other_models_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    first, same = make_checkpoint("a"), make_checkpoint("b")
+    plan = make_plan({"a": first, "b": same}, threshold=1.0)
+    other = make_checkpoint("c", edit=lambda tensors: _scale_experts(tensors, 2.0))
+    with pytest.raises(UsageError, match="made of other models"):
+        consolidate({"a": first, "b": other}, tmp_path / "pack", plan=plan)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_nested_codes_too_share_identical_experts_only_at_threshold_one(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Twice an expert is as similar to it as can be."""
+    models = [
+        make_checkpoint("a"),
+        make_checkpoint("b", edit=lambda tensors: _scale_experts(tensors, 2.0)),
+    ]
+    for threshold, size in ((1.0, 1), (0.9, 2)):
+        plan = make_plan(models, threshold=threshold, code="nested")
+        assert {len(slot) for layer in plan.layers for slot in layer.slots} == {size}
+
+
+@pytest.mark.parametrize("merge", ["ties", "task-arithmetic", "average"])
+def test_every_rule_keeps_every_bit_of_identical_experts(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, merge: str
+) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if ".experts." in name:
+                tensor[0, :4] = torch.tensor([-0.0, 0.0, 3e38, -3e38])
+
+    models = {name: make_checkpoint(name, edit=edit) for name in ("a", "b", "c")}
+    pack = consolidate(models, tmp_path / "pack", threshold=1.0, merge=merge).pack
+    export_variant(pack, "b", tmp_path / "again")  # which compares digests

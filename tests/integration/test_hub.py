@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,10 @@ from hub_server import Hub
 from moeconsolidate import cli, consolidate
 from moeconsolidate.export import export_variant
 from moeconsolidate.hub import transfer
+from moeconsolidate.hub.upload import _origins
 from moeruntime import verify_pack
 from moeruntime.errors import CheckpointError, HubError, IntegrityError, ResourceError
+from moeruntime.pack import Manifest
 from switch_fixtures import make_switch
 
 __all__ = ["cache", "hub"]
@@ -328,3 +331,13 @@ def test_push_needs_a_token_and_a_sound_pack(
     (small_pack / "README.md").write_bytes(b"?" * (small_pack / "README.md").stat().st_size)
     code, err = push("org/pack")
     assert (code, "org/pack" in hub.repos) == (5, False)
+
+
+def test_what_a_pack_says_of_its_origins_is_not_trusted(small_pack: Path) -> None:
+    known = Manifest.load(small_pack)
+    for origins, names in (
+        (5, []),
+        ({"a": 7, "b": {"hub": 8}}, []),
+        ({"a": {"hub": "org/base"}, "b": {"hub": "org/base\nlicense: mit"}}, ["org/base"]),
+    ):
+        assert _origins(replace(known, provenance={"origins": origins})) == names

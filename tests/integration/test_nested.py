@@ -574,7 +574,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     [
         (["--budget", "0.05x"], "is too small: without any private bits the experts take"),
         (["--budget", "1B"], "is too small"),
-        (["--budget", "0x"], "budget of 0 bytes; it must be at least 1"),
+        (["--budget", "0x"], "budget of 0 bytes is outside 1.."),
         (["--budget", "much"], "neither a part, such as 0.25x, nor bytes, such as 60GB"),
         (["--budget", "-1x"], "neither a part"),
         (["--max-loss", "1e-9"], "is out of reach: with the most bits the predicted loss is"),

@@ -105,3 +105,20 @@ def test_no_file_at_all(tmp_path: Path) -> None:
         read(tmp_path / "none.toml")
     with pytest.raises(InputError, match="not a regular file"):
         read(tmp_path)
+
+
+def test_a_budget_takes_the_place_of_a_loss(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('models = ["a", "b"]\nbudget = "0.3x"\nthreshold = 0.8\n')
+    request = read_request(path, None, calibration={}, max_loss=0.1)
+    assert request.choices == {"threshold": 0.8, "max_loss": 0.1}
+
+
+def test_a_folder_with_an_equals_sign_stays_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    path = Path("recipe.toml")
+    path.write_text('models = ["./a=b"]\n')
+    assert read_request(path, None, calibration={}).models == ["./a=b"]

@@ -179,6 +179,8 @@ def make_plan(
         raise UsageError("--dry-run decides nothing that --out could hold; leave one out")
     if out is not None and os.path.lexists(out):
         raise UsageError(f"{out}: exists already; remove it or choose another name")
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"{out.parent}: no such folder for {out.name}")
     request = read_request(
         recipe,
         models,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeconsolidate.options import Json, PackArgument, Quiet, pairs_of, print_json
+from moeconsolidate.options import Json, PackArgument, Quiet, once, pairs_of, print_json
 from moeruntime.cli import Artifact, Device, Dtype, Resident
 
 __all__ = ["register"]
@@ -199,7 +199,7 @@ def evaluate(
         rows = evaluate_pack(
             artifact,
             pairs_of("--data", data),
-            dict(pairs_of("--reference", reference or [])),
+            once("--reference", pairs_of("--reference", reference or [])),
             context=context,
             max_windows=windows,
             on_progress=on_progress,

@@ -7,6 +7,7 @@ digest in the manifest that goes with it. The pack on the disk stays as it is.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from moeconsolidate.scores import ScoreRow
 from moeconsolidate.sources import HubRef, parse_hub_ref
 from moeruntime import __version__
 from moeruntime.errors import UsageError
-from moeruntime.pack.manifest import MANIFEST_NAME, Manifest, PackedFile
+from moeruntime.pack.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, PackedFile
 from moeruntime.pack.verify import verify_pack
 
 __all__ = ["push_pack"]
 
 CARD = "README.md"
+
+_log = logging.getLogger(__name__)
 
 
 def push_pack(
@@ -58,8 +61,13 @@ def push_pack(
     """
     ref = _named(target)
     known = Manifest.load(pack)
-    origins = known.provenance.get("origins") or {}
-    bases = [str(one["hub"]) for one in origins.values()]
+    if (pack / SIGNATURE_NAME).is_file():
+        _log.warning(
+            "%s stays here: what is uploaded has another README.md, and so another manifest; sign "
+            "what comes from the hub",
+            SIGNATURE_NAME,
+        )
+    bases = _origins(known)
     bases += [_named(one).repo for one in base_models]
     total = len(known.files)
     checked: list[str] = []
@@ -76,6 +84,15 @@ def push_pack(
     operations = [CommitOperationAdd(name, contents) for name, contents in small.items()]
     operations += [CommitOperationAdd(name, pack / name) for name in checked if name not in small]
     return _commit(ref, operations, private=private, on_progress=on_progress)
+
+
+def _origins(manifest: Manifest) -> list[str]:
+    """Names on the hub of what a pack says it was made of; anything else it may say is left out."""
+    origins = manifest.provenance.get("origins")
+    named = origins.values() if isinstance(origins, dict) else ()
+    names = [one.get("hub") for one in named if isinstance(one, dict)]
+    refs = [parse_hub_ref(name) for name in names if isinstance(name, str)]
+    return [ref.repo for ref in refs if ref is not None]
 
 
 def _commit(
