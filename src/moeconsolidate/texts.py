@@ -13,7 +13,7 @@ from torch import Tensor
 from moeconsolidate.checkpoint import Checkpoint
 from moeconsolidate.original import CheckpointSource
 from moeruntime.engine import Engine
-from moeruntime.errors import InputError
+from moeruntime.errors import CheckpointError, InputError
 from moeruntime.request import Request, SamplingParams
 from moeruntime.strict_json import read_json_lines
 from moeruntime.text import VariantText
@@ -61,6 +61,7 @@ def text_windows(checkpoint: Checkpoint, files: Sequence[Path]) -> Windows:
 
     Raises:
         InputError: a file is bad, or holds less than one window.
+        CheckpointError: the variant's context is a single token.
     """
     source = CheckpointSource(checkpoint)
     encode = VariantText(source, checkpoint.name).encode_document
@@ -115,4 +116,10 @@ def sampled_windows(checkpoint: Checkpoint) -> Windows:
 
 
 def _window_tokens(checkpoint: Checkpoint) -> int:
-    return min(WINDOW_TOKENS, checkpoint.config.max_context)
+    context = checkpoint.config.max_context
+    if context < 2:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a context of {context} token leaves nothing to predict, and so "
+            "nothing to calibrate with"
+        )
+    return min(WINDOW_TOKENS, context)

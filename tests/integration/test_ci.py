@@ -158,3 +158,12 @@ def test_a_reference_is_given_once() -> None:
     with pytest.raises(UsageError, match="twice for 'a'"):
         once("--reference", pairs)
     assert once("--reference", pairs[:2]) == {"a": Path("x"), "b": Path("y")}
+
+
+def test_a_context_of_one_token_cannot_be_calibrated(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    models = [make_checkpoint(name, config={"max_position_embeddings": 1}) for name in ("a", "b")]
+    with pytest.raises(CheckpointError, match="a context of 1 token"):
+        consolidate(models, tmp_path / "pack", budget="0.3x")
+    assert not (tmp_path / "pack").exists()
