@@ -221,7 +221,7 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         sides = self._prompts.sides(prompt_ids)
         sequence = TokenSequence(request_id, request.variant, sides[0], sampling, sides[1])
-        before = () if request.is_chat else sides[0]
+        before = () if request.is_chat else prompt_ids
         stream = self._prompts.text(request.variant).stream(sampling.stop, before)
         self._live[request_id] = _Live(sequence, stream)
         self.scheduler.add(sequence)

@@ -67,7 +67,8 @@ class VariantText:
             TokenizerError: the tokenizer is malformed or too large for the embedding.
         """
         self._root, self.variant = source.root, variant
-        self.vocab_size = source.manifest.config.vocab_size
+        config = source.manifest.config
+        self.vocab_size, self._has_encoder = config.vocab_size, config.has_encoder
         path = source.variant_path(variant, "tokenizer.json")
         self._tokenizer = (
             None if path is None else parse_tokenizer(path.read_bytes(), path, self.vocab_size)
@@ -97,11 +98,13 @@ class VariantText:
 
         Args:
             stop: strings that the text ends before.
-            before: the tokens that it goes on from; without them it is a text of its own.
+            before: the tokens that it goes on from; without them it is a text of its own, as it
+                always is where an encoder reads the prompt.
 
         Raises:
             TokenizerError: stop strings can only be found with a tokenizer.
         """
+        before = () if self._has_encoder else before
         return TextStream(self.tokenizer if stop else self._tokenizer, stop, before)
 
     def token_bytes(self, token: int) -> bytes:
