@@ -62,14 +62,14 @@ class EvaluationRow:
             "tokens": self.score.num_tokens,
             "nll": _finite(self.score.nll),
             "perplexity": _finite(self.score.perplexity),
-            "reference_nll": None if self.reference is None else _finite(self.reference.nll),
-            "nll_increase": None if self.increase is None else _finite(self.increase),
+            "reference_nll": _finite(None if self.reference is None else self.reference.nll),
+            "nll_increase": _finite(self.increase),
         }
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """What JSON has a number for."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -278,7 +278,7 @@ class Engine:
                 return []
             launched = self._runner.launch(chunks)
         else:
-            self.scheduler.waiting.ran(launched.sequences, num_prompt_tokens=0)
+            self.scheduler.went_on(launched.sequences)
         if self._goes_on(launched):
             self._ahead = self._runner.launch_next(launched)
         return [

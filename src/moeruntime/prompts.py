@@ -90,14 +90,14 @@ class Prompts:
             self.check_room(max_tokens, num_source=num_prompt_tokens)
             return replace(sampling, max_tokens=max_tokens)
         room = self._config.max_context - num_prompt_tokens
-        # What a prompt's last token predicts takes no place, where nothing is to follow.
-        asks_of_prompt = sampling.prompt_logprobs is not None and sampling.max_tokens == 1
-        if room < 1 and not (room == 0 and asks_of_prompt):
+        if sampling.prompt_logprobs is not None and sampling.max_tokens == 1:
+            room += 1  # what the prompt's last token predicts takes no place: nothing follows it
+        if room < 1:
             raise RequestError(
                 f"prompt of {num_prompt_tokens} tokens leaves no room in the context of "
                 f"{self._config.max_context}; shorten it"
             )
-        max_tokens = min(sampling.max_tokens, max(1, room))
+        max_tokens = min(sampling.max_tokens, room)
         self.check_room(num_prompt_tokens + max_tokens - 1)
         return replace(sampling, max_tokens=max_tokens)
 

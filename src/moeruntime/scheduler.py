@@ -17,6 +17,7 @@ a slot drains, so no variant starves.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -153,6 +154,10 @@ class Scheduler:
             budget = max(0, budget - count - seq.num_unread)
         self.waiting.ran(decoding, sum(chunk.num_tokens for chunk in chunks[len(decoding) :]))
         return chunks
+
+    def went_on(self, sequences: Iterable[Sequence]) -> None:
+        """The step after the last one was run without asking: the same sequences, a token each."""
+        self.waiting.ran(list(sequences), num_prompt_tokens=0)
 
     def _hold_slots(self) -> None:
         """Hold slots for waiting sequences, up to the first that finds none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,11 @@ def _finite(seconds: float) -> float:
     if not math.isfinite(seconds):
         raise typer.BadParameter(f"{seconds} is no number of seconds")
     return seconds
+
+
+def _seconds(text: str, *, least: float = 0.01) -> Any:
+    """An option that is a time of up to a day."""
+    return typer.Option(metavar="SECONDS", min=least, max=DAY_S, callback=_finite, help=text)
 
 
 def serve(
@@ -89,33 +94,18 @@ def serve(
     ] = 128,
     max_wait: Annotated[
         float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.01,
-            max=DAY_S,
-            callback=_finite,
-            help="A request that waits longer gets a 429 as well.",
-        ),
+        _seconds("A request that waits longer gets a 429 as well."),
     ] = 60.0,
     request_timeout: Annotated[
         float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.01,
-            max=DAY_S,
-            callback=_finite,
-            help="A request may take so long in all.",
-        ),
+        _seconds("A request may take so long in all."),
     ] = 600.0,
     drain_timeout: Annotated[
         float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.0,
-            max=DAY_S,
-            callback=_finite,
-            help="On SIGTERM or Ctrl-C, requests under way get so long to finish; new ones get "
-            "a 503. A second signal ends it at once.",
+        _seconds(
+            "On SIGTERM or Ctrl-C, requests under way get so long to finish; new ones get a 503. "
+            "A second signal ends it at once.",
+            least=0.0,
         ),
     ] = 30.0,
     max_body_mib: Annotated[
@@ -123,23 +113,11 @@ def serve(
     ] = 8,
     body_timeout: Annotated[
         float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.01,
-            max=DAY_S,
-            callback=_finite,
-            help="For a body to arrive.",
-        ),
+        _seconds("For a body to arrive."),
     ] = 20.0,
     header_timeout: Annotated[
         float,
-        typer.Option(
-            metavar="SECONDS",
-            min=0.01,
-            max=DAY_S,
-            callback=_finite,
-            help="For headers to arrive, and for idle connections.",
-        ),
+        _seconds("For headers to arrive, and for idle connections."),
     ] = 10.0,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Log nothing but warnings and errors.")

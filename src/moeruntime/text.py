@@ -113,9 +113,9 @@ class VariantText:
         alone = decode([token], skip_special_tokens=False)
         # As it is in the middle of others, with its leading space.
         text = decode([token, token], skip_special_tokens=False)[len(alone) :]
-        name = self.tokenizer.id_to_token(token) or ""
         if HALF not in text:
             return text.encode()
+        name = self.tokenizer.id_to_token(token) or ""
         if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
             return bytes([int(name[3:5], 16)])
         if all(char in _BYTE_OF for char in name):

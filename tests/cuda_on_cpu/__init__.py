@@ -101,14 +101,8 @@ class _Kernel:
         shared_bytes: int,
     ) -> None:
         assert shared_bytes <= MAX_SHARED_BYTES and 0 < num_threads <= MAX_THREADS
-        values = [
-            ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one)
-            for one in arguments
-        ]
+        values, pointers = nvrtc.parameters(arguments)
         assert len(values) == self._library.num_parameters()
-        pointers = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.pointer(one), ctypes.c_void_p) for one in values)
-        )
         problem = self._library.emulate(
             pointers,
             (ctypes.c_uint * 3)(*grid),

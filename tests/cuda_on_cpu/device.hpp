@@ -98,12 +98,12 @@ inline uint64_t progress, launch_seed;
 inline jmp_buf scheduler;
 inline std::function<void()> work;
 inline std::mt19937_64 chance;
-inline dim3 block, grid, size;
+inline dim3 block, grid;
 inline uint8_t *shared_memory;
 inline uint32_t shared_bytes;
 inline std::map<uint32_t, Phase> phases;
 inline std::vector<Copy> copies; // of the copy engine
-inline Meeting all, named[16], warps[32], warpgroups[8];
+inline Meeting all, named, warps[32], warpgroups[8];
 inline uint32_t lanes_have[1024];
 inline const uint32_t *rows_of[1024];
 
@@ -193,7 +193,7 @@ inline void copy_wait_all() {
     for (const Copy &copy : threads[running].copies) finish(copy);
     threads[running].copies.clear();
 }
-inline void meet_named(int count) { meet(named[1], count); }
+inline void meet_named(int count) { meet(named, count); }
 
 // Of A, 16 rows of 32 bytes: lane 4 r + t has bytes 4 t and on of row r in register 0, of row r + 8 in register 1, and
 // 16 bytes further in registers 2 and 3. Of B, 8 columns of 32 bytes: two registers a lane, like those of a row.
@@ -355,7 +355,6 @@ void launch(void (*kernel)(Parameters...), void **arguments, const uint32_t *gri
             uint64_t seed) {
     prepare(kernel, arguments, std::index_sequence_for<Parameters...>{});
     grid = {grid_size[0], grid_size[1], grid_size[2]};
-    size = {(uint32_t)block_size, 1, 1};
     num_threads = block_size, shared_bytes = bytes, running = 0;
     chance.seed(launch_seed = seed);
     std::vector<uint8_t> memory(bytes + GUARD_BYTES + 1024);
@@ -370,8 +369,7 @@ void launch(void (*kernel)(Parameters...), void **arguments, const uint32_t *gri
         for (const dim3 &one : blocks) block = one, run_block();
     } catch (const Fail &) { // whoever is somewhere within a kernel stays there
         threads.clear();
-        all = {};
-        for (Meeting &one : named) one = {};
+        all = named = {};
         for (Meeting &one : warps) one = {};
         for (Meeting &one : warpgroups) one = {};
         throw;
@@ -383,7 +381,6 @@ void launch(void (*kernel)(Parameters...), void **arguments, const uint32_t *gri
 #define threadIdx (emulated::threads[emulated::running].index)
 #define blockIdx emulated::block
 #define gridDim emulated::grid
-#define blockDim emulated::size
 
 inline void __syncthreads() { emulated::meet(emulated::all, emulated::num_threads); }
 inline void __syncwarp() { emulated::meet_warp(); }

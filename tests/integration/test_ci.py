@@ -167,3 +167,12 @@ def test_a_context_of_one_token_cannot_be_calibrated(
     with pytest.raises(CheckpointError, match="a context of 1 token"):
         consolidate(models, tmp_path / "pack", budget="0.3x")
     assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e9"])
+@pytest.mark.parametrize("option", ["--header-timeout", "--drain-timeout"])
+def test_a_time_is_a_number_of_seconds(
+    capfd: pytest.CaptureFixture[str], option: str, seconds: str
+) -> None:
+    code, _, err = moec(capfd, "serve", "--artifact", "pack", option, seconds)
+    assert code == 2 and option in err

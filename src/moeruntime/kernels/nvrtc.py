@@ -17,7 +17,7 @@ from torch import Tensor
 from moeruntime.errors import ResourceError
 from moeruntime.kernels.driver import chains, check_driver, driver
 
-__all__ = ["Kernel", "compile_kernel"]
+__all__ = ["Kernel", "compile_kernel", "parameters"]
 
 
 PLAIN_SHARED_BYTES = 48 * 1024
@@ -77,13 +77,7 @@ class Kernel:
             attribute = _MAX_DYNAMIC_SHARED_SIZE_BYTES
             check_driver(driver().cuFuncSetAttribute(self._handle, attribute, shared_bytes))
             self._shared_bytes = shared_bytes
-        values = [
-            ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one)
-            for one in arguments
-        ]
-        pointers = (ctypes.c_void_p * len(values))(
-            *(ctypes.cast(ctypes.pointer(one), ctypes.c_void_p) for one in values)
-        )
+        _values, pointers = parameters(arguments)
         launch = _Launch(
             grid,
             (num_threads, 1, 1),
@@ -93,6 +87,20 @@ class Kernel:
             self._num_attributes,
         )
         check_driver(driver().cuLaunchKernelEx(ctypes.byref(launch), self._handle, pointers, None))
+
+
+def parameters(
+    arguments: Sequence[Tensor | int],
+) -> tuple[list[ctypes.c_void_p | ctypes.c_int], ctypes.Array[ctypes.c_void_p]]:
+    """What a launch is given: values, which must live as long, and where they are."""
+    values = [
+        ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else ctypes.c_int(one)
+        for one in arguments
+    ]
+    pointers = (ctypes.c_void_p * len(values))(
+        *(ctypes.cast(ctypes.pointer(one), ctypes.c_void_p) for one in values)
+    )
+    return values, pointers
 
 
 def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) -> Kernel:

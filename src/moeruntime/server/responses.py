@@ -27,7 +27,7 @@ class _Choice:
         begun: whether something was sent.
     """
 
-    stream: TextStream
+    stream: TextStream | None = None
     offset: int = 0
     begun: bool = False
 
@@ -49,11 +49,7 @@ class Shaper:
         self._prompts = prompts
         self._text = text
         self._chat = asked.endpoint == "chat"
-        # Where the prompt is part of the text, so are its tokens.
-        self._places = [
-            _Choice(text.stream((), () if asked.echo else prompts[choice // asked.n]))
-            for choice in range(asked.num_choices)
-        ]
+        self._places = [_Choice() for _ in range(asked.num_choices)]
         self._num_new = 0
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -170,6 +166,10 @@ class Shaper:
         if self._asked.sampling.logprobs is None:
             return None
         place = self._places[choice]
+        if place.stream is None:
+            # Where the prompt is part of the text, so are its tokens.
+            before = () if self._asked.echo else self._prompts[choice // self._asked.n]
+            place.stream = self._text.stream((), before)
         tokens, values, tops, offsets = [], [], [], []
         for token, one in pairs:
             tokens.append(self._token(token))
@@ -194,8 +194,8 @@ class Shaper:
             return None
 
         def one(token: int, logprob: float) -> dict[str, Any]:
-            spelled = list(self._text.token_bytes(token))
-            return {"token": self._token(token), "logprob": logprob, "bytes": spelled}
+            spelled = self._text.token_bytes(token)
+            return {"token": _shown(spelled), "logprob": logprob, "bytes": list(spelled)}
 
         return {
             "content": [
@@ -207,5 +207,9 @@ class Shaper:
         }
 
     def _token(self, token: int) -> str:
-        """A token's text, half a character as a sign that stands for it."""
-        return self._text.token_bytes(token).decode(errors="replace")
+        return _shown(self._text.token_bytes(token))
+
+
+def _shown(spelled: bytes) -> str:
+    """A token's text, half a character as a sign that stands for it."""
+    return spelled.decode(errors="replace")
