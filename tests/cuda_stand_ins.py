@@ -12,8 +12,8 @@ from moeruntime.models import Decoder
 from moeruntime.models.build import build_model
 
 if TYPE_CHECKING:
-    from moeruntime.models.decode_graph import DecodeGraphs
     from moeruntime.models.fused import FusedDecoder
+    from moeruntime.models.step_graphs import StepGraphs
 
 __all__ = ["build_fused", "build_reference", "install"]
 
@@ -21,7 +21,7 @@ __all__ = ["build_fused", "build_reference", "install"]
 def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """Have the fused decoder and its graphs work on CPU tensors, but for their kernels."""
     from moeruntime.kernels import chain, upload
-    from moeruntime.models import decode_graph
+    from moeruntime.models import step_graphs
 
     chain.chained.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -29,7 +29,7 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
     monkeypatch.setattr(upload, "_pinned", lambda num: torch.empty(num, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-    monkeypatch.setattr(decode_graph, "capture", _Graph)
+    monkeypatch.setattr(step_graphs, "capture", _Graph)
 
 
 def build_reference(*parts: Any, **sizes: int) -> tuple[Decoder, None]:
@@ -38,10 +38,10 @@ def build_reference(*parts: Any, **sizes: int) -> tuple[Decoder, None]:
     return Decoder(model.config, model.weights, parts[2], model.faces_VLE, model.cache), None
 
 
-def build_fused(*parts: Any, **sizes: int) -> tuple[FusedDecoder, DecodeGraphs]:
+def build_fused(*parts: Any, **sizes: int) -> tuple[FusedDecoder, StepGraphs]:
     """In place of `build_model`, which gives a CPU the reference decoder."""
-    from moeruntime.models.decode_graph import DecodeGraphs
     from moeruntime.models.fused import FusedDecoder
+    from moeruntime.models.step_graphs import StepGraphs
 
     reference, _ = build_reference(*parts, **sizes)
     model = FusedDecoder(
@@ -51,7 +51,7 @@ def build_fused(*parts: Any, **sizes: int) -> tuple[FusedDecoder, DecodeGraphs]:
         reference.faces_VLE,
         reference.cache,
     )
-    return model, DecodeGraphs(model, **sizes)
+    return model, StepGraphs(model, **sizes)
 
 
 class _Event:

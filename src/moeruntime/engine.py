@@ -27,8 +27,8 @@ from moeruntime.loader import Loader
 from moeruntime.loading import load_experts, resolve_device, resolve_dtype
 from moeruntime.memory import plan_memory
 from moeruntime.models.build import build_model
-from moeruntime.models.decode_buffers import BATCH_SIZES
 from moeruntime.models.experts import DecodedCache
+from moeruntime.models.step_buffers import BATCH_SIZES
 from moeruntime.pack import Pack, WeightSource
 from moeruntime.prompts import Prompts
 from moeruntime.request import Delta, FinishReason, Output, Request, TokenLogprobs
@@ -118,6 +118,7 @@ class Engine:
             dtype=self.dtype,
             device=self.device,
             max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
             cache_bytes=cache_bytes,
             kept_layers=kept_layers,
         )
@@ -145,7 +146,8 @@ class Engine:
             experts,
             cache,
             num_slots=min(resident, num_variants),
-            max_rows=max_sequences,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
         )
         self._runner = Runner(
             self.model, self.graphs, self.residency, self._variant_idx, self.device

@@ -14,8 +14,8 @@ from moeruntime.kv_cache import KVCache, blocks_for
 from moeruntime.layout import parameter_shape, private_stages
 from moeruntime.loader import RING_BYTES
 from moeruntime.models import parameter_roles
-from moeruntime.models.decode_buffers import StepBuffers, decoded_numel
 from moeruntime.models.layers import rotary_bytes
+from moeruntime.models.step_buffers import StepBuffers, decoded_numel, step_rows
 from moeruntime.pack import Manifest, WeightSource
 
 __all__ = ["MemoryPlan", "available_bytes", "plan_memory"]
@@ -44,7 +44,7 @@ class MemoryPlan:
         resident_bytes: the resident variants' own non-expert tensors.
         kept_bytes: every variant's copy of the first layers, where some are kept on the device.
         cache_bytes: keys and values.
-        buffer_bytes: what decode steps work in, at most, and rotary tables; 0 on a CPU, where
+        buffer_bytes: what captured steps work in, at most, and rotary tables; 0 on a CPU, where
             steps allocate out of the reserve.
         host_bytes: host copies of the variants' own tensors; 0 when all are resident.
         num_blocks: cache blocks that cache_bytes buys.
@@ -87,6 +87,7 @@ def plan_memory(
     dtype: torch.dtype,
     device: torch.device,
     max_sequences: int,
+    max_step_tokens: int,
     cache_bytes: int | None,
     kept_layers: int | None,
 ) -> MemoryPlan:
@@ -98,6 +99,7 @@ def plan_memory(
         dtype: compute dtype of weights and cache.
         device: where they go.
         max_sequences: sequences the cache should hold at full context, if it can.
+        max_step_tokens: most tokens in a step.
         cache_bytes: the cache's size; None chooses one.
         kept_layers: first layers of which every variant's copy stays on the device; None keeps
             one where that is cheap.
@@ -126,7 +128,7 @@ def plan_memory(
     weights_bytes = experts_bytes + decoded_bytes + shared_bytes + num_slots * private_bytes
 
     kind = device.type
-    buffer_bytes = _buffer_bytes(manifest, dtype, max_sequences) if kind == "cuda" else 0
+    buffer_bytes = _buffer_bytes(manifest, dtype, max_step_tokens) if kind == "cuda" else 0
     reserve_bytes = RESERVE_BYTES[kind] + buffer_bytes
     available = available_bytes(device)
     if kept_layers is None:
@@ -188,8 +190,8 @@ def _num_faces(manifest: Manifest) -> list[int]:
     return [len(manifest.faces(layer)[0]) for layer in range(manifest.config.num_layers)]
 
 
-def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_sequences: int) -> int:
-    """What `FusedDecoder` and `DecodeGraphs` allocate beside weights and cache, at most."""
+def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_step_tokens: int) -> int:
+    """What `FusedDecoder` and `StepGraphs` allocate beside weights and cache, at most."""
     config, nested = manifest.config, manifest.nested is not None
     if not isinstance(config, DecoderConfig):
         return 0
@@ -198,7 +200,7 @@ def _buffer_bytes(manifest: Manifest, dtype: torch.dtype, max_sequences: int) ->
     max_faces = max(_num_faces(manifest))
     buffers = StepBuffers(
         config,
-        max_sequences,
+        step_rows(max_step_tokens),
         max_faces,
         dtype,
         frozenset(expert_dtypes),

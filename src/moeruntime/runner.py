@@ -6,8 +6,9 @@ launched the next step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,8 +28,8 @@ from moeruntime.scheduler import Chunk
 from moeruntime.sequence import Sequence as TokenSequence
 
 if TYPE_CHECKING:  # these import Triton, which a CPU build of torch lacks
-    from moeruntime.models.decode_graph import DecodeGraphs
     from moeruntime.models.fused import FusedDecoder
+    from moeruntime.models.step_graphs import StepGraphs
 
 __all__ = ["Launched", "Runner"]
 
@@ -72,12 +73,12 @@ class Runner:
     def __init__(
         self,
         model: Decoder | EncoderDecoder | FusedDecoder,
-        graphs: DecodeGraphs | None,
+        graphs: StepGraphs | None,
         residency: Residency,
         variant_idx: Mapping[str, int],
         device: torch.device,
     ) -> None:
-        """Bind what a step needs; `graphs` serve steps of one token a sequence."""
+        """Bind what a step needs; `graphs` serve steps of few tokens."""
         self.model = model
         self._graphs = graphs
         self._residency = residency
@@ -115,31 +116,42 @@ class Runner:
         last = [chunk.num_tokens == chunk.sequence.num_pending for chunk in chunks]
         sequences = [c.sequence for c, is_last in zip(chunks, last, strict=True) if is_last]
         asked = any(_asks_of_prompt(chunk) for chunk in chunks)
-        one_each = all(len(span.token_ids) == 1 for span in spans)
-        if self._graphs is not None and one_each and not asked:
-            # Every chunk is a decode, or the last token of a prompt: all of them go on.
-            repeats = len(sequences) == len(chunks)
+        ends = accumulate(len(span.token_ids) for span in spans)
+        rows = [end - 1 for end, is_last in zip(ends, last, strict=True) if is_last]
+        if self._graphs is not None and not asked and self._in_graph(self._graphs, spans, variants):
             for variant in variants:
                 self._residency.wait_for(variant)
             logits_TV, tokens_T = self._graphs.run(spans)
             _move_on(chunks)
-            if not repeats:
-                rows = [row for row, is_last in enumerate(last) if is_last]
+            if not rows:
+                return self._nothing()
+            if len(rows) < len(tokens_T):
                 picked = to_device(torch.tensor(rows), self.device)
-                logits_TV, tokens_T = logits_TV[picked], tokens_T[picked]
-            return self._choose(sequences, logits_TV, tokens_T, repeats)
+                return self._choose(sequences, logits_TV[picked], tokens_T[picked], repeats=False)
+            # Every chunk is a decode, or the last token of a prompt: all of them go on.
+            return self._choose(sequences, logits_TV, tokens_T, repeats=True)
         batch = Batch.build(spans, self.device)
         hidden_TH = self.model.forward(batch, self._residency.gate(variants))
         if asked:
             self._look_at_prompts(chunks, batch, hidden_TH)
         _move_on(chunks)
-        rows = [row for row, is_last in zip(batch.last_rows, last, strict=True) if is_last]
         if not rows:
-            return Launched((), False, torch.empty(0), None, self._pace)
+            return self._nothing()
         groups = token_groups([self._residency.slot(s.variant) for s in sequences])
         picked = to_device(torch.tensor(rows), self.device)
         logits_NV = self.model.logits(hidden_TH[picked], groups)
         return self._choose(sequences, logits_NV, logits_NV.argmax(dim=-1), repeats=False)
+
+    def _in_graph(self, graphs: StepGraphs, spans: Sequence[Span], variants: Iterable[str]) -> bool:
+        """Whether a step has few enough tokens, and need not begin on weights still to come."""
+        num_tokens = sum(len(span.token_ids) for span in spans)
+        if num_tokens == len(spans):
+            return True
+        return num_tokens <= graphs.max_tokens and all(map(self._residency.ready, variants))
+
+    def _nothing(self) -> Launched:
+        """A step that is the middle of prompts."""
+        return Launched((), False, torch.empty(0), None, self._pace)
 
     @torch.inference_mode()
     def launch_next(self, launched: Launched) -> Launched:

@@ -23,7 +23,8 @@ def warm_up(engine: Engine) -> None:
         return
     engine.graphs.capture_all()
     config = engine.source.manifest.config
-    sampled = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=1)
+    # Whose prompts are asked for as well: only then a step of few tokens is run without a graph.
+    sampled = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=1, prompt_logprobs=1)
     few = 2
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
     most = most_pairs(engine.device) // config.top_k  # and for one more codes are decoded

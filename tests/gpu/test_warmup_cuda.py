@@ -111,10 +111,10 @@ def test_a_capture_survives_what_an_engine_before_left(monkeypatch: pytest.Monke
         assert engine.graphs is not None
         forward = engine.graphs.forward
 
-        def leave_and_go_on(*arguments: Any) -> None:
+        def leave_and_go_on(*arguments: Any, **options: Any) -> None:
             if left and torch.cuda.is_current_stream_capturing():
                 Left(left.pop())
-            forward(*arguments)
+            forward(*arguments, **options)
 
         monkeypatch.setattr(engine.graphs, "forward", leave_and_go_on)
         before = gc.get_threshold()

@@ -23,10 +23,11 @@ MAX_SEQUENCES = 3
 
 
 class PlainGraphs:
-    """What `DecodeGraphs` promises, by the reference decoder: steps go on from their tokens."""
+    """What `StepGraphs` promises, by the reference decoder: steps go on from their tokens."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.max_tokens = 64
         self._spans: Sequence[Span] = ()
         self._tokens = torch.empty(0)
         self.num_ahead = 0

@@ -27,7 +27,7 @@ import cuda_stand_ins
 import moeruntime.engine
 from moeruntime import Engine, Request, SamplingParams, synthetic
 from moeruntime.kernels import nested_fast
-from moeruntime.models import decode_graph
+from moeruntime.models import step_graphs
 from moeruntime.synthetic import SyntheticSource
 from moeruntime.warmup import warm_up
 
@@ -102,7 +102,7 @@ def main(capability: int, max_shared_bytes: int, code: str, dtype: str) -> None:
     driver.set_active(Device(capability, max_shared_bytes))
     with pytest.MonkeyPatch.context() as patch:
         cuda_stand_ins.install(patch, capability=divmod(capability, 10))
-        patch.setattr(decode_graph, "capture", Captured)
+        patch.setattr(step_graphs, "capture", Captured)
         patch.setattr(moeruntime.engine, "build_model", cuda_stand_ins.build_fused)
         patch.setattr(nested_fast, "_device", lambda device: (1, capability == 90))
         # Heads of Mixtral-8x7B, and as little of the rest as is cut in the same way.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernel_fixtures import DTYPES, assert_close, randn
 from moeruntime.kernels import attention, paged_attention
-from moeruntime.kernels.spans import SPAN_ROWS, Spans
+from moeruntime.kernels.spans import SPAN_TOKENS, Spans
 from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
 
 Heads = tuple[int, int, int]
@@ -172,8 +172,8 @@ def test_new_tokens_of_prompts_and_decodes_see_what_lies_before_them(
     device: torch.device, heads: Heads, window: int | None, dtype: torch.dtype
 ) -> None:
     query, _, dim = heads
-    counts = [SPAN_ROWS + 7, 1, 1, 9]
-    contexts = [SPAN_ROWS + 7, 1, 100, 160]
+    counts = [SPAN_TOKENS + 7, 1, 1, 9]
+    contexts = [SPAN_TOKENS + 7, 1, 100, 160]
     tables = block_tables(contexts, spare=2)
     keys, values = filled_cache(tables, contexts, heads, device, dtype)
     ends = [sum(counts[: idx + 1]) for idx in range(len(counts))]
@@ -190,5 +190,6 @@ def test_new_tokens_of_prompts_and_decodes_see_what_lies_before_them(
         [torch.tensor(table) for table in tables],
         window,
     )
-    actual = attention.span_attention(q, keys, values, Spans.build(spans, tables, device), window)
-    assert_close(actual, expected, dtype)
+    on_device = Spans.build(spans, tables, device)
+    attention.span_attention(q, keys, values, on_device, window, out_TQD=q)
+    assert_close(q.flatten(1), expected, dtype)

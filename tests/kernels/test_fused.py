@@ -16,12 +16,12 @@ from cuda_stand_ins import build_fused, build_reference
 from kernel_fixtures import ON_CPU, ON_CUDA, Allow
 from moeruntime import Engine, Request, SamplingParams, synthetic
 from moeruntime.loading import Loader, load_experts
-from moeruntime.models import Batch, Decoder, decode_buffers
+from moeruntime.models import Batch, Decoder, step_buffers
 from moeruntime.models import fused as fused_decoder
 from moeruntime.models.batch import Span, token_groups
-from moeruntime.models.decode_graph import DecodeGraphs
 from moeruntime.models.experts import DecodedCache
 from moeruntime.models.fused import FusedDecoder
+from moeruntime.models.step_graphs import StepGraphs
 from moeruntime.synthetic import SyntheticSource
 from runtime_fixtures import assert_same_greedy, engine_logits
 
@@ -52,7 +52,7 @@ def fast_model(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "fast", config)
 
 
-class CopiedTokens(DecodeGraphs):
+class CopiedTokens(StepGraphs):
     """On a GPU the runner copies a step's tokens behind it, before the next one overwrites them."""
 
     def run(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ class CopiedTokens(DecodeGraphs):
 def fused(device: torch.device, allow: Allow, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines have the fused decoder, wherever they are."""
 
-    def build(*parts: Any, **sizes: int) -> tuple[FusedDecoder, DecodeGraphs]:
+    def build(*parts: Any, **sizes: int) -> tuple[FusedDecoder, StepGraphs]:
         for pool in parts[2]:
             allow(pool.tensors())
         model, _ = build_fused(*parts, **sizes)
@@ -104,7 +104,7 @@ def load_reference(engine: Engine) -> Decoder:
 def test_prompts_and_decodes_of_mixed_variants(
     device: torch.device, model: str, code: str, dtype: str
 ) -> None:
-    """Three sequences of two variants: prompts first, then steps by graph, all at once."""
+    """Three sequences of two variants: prompts, decodes, and a prompt beside decodes."""
     source = SyntheticSource(model, num_variants=3, code=code)
     with Engine(source, device=device.type, dtype=dtype, max_sequences=8) as engine:
         cache = engine.model.cache
@@ -114,6 +114,7 @@ def test_prompts_and_decodes_of_mixed_variants(
         for name in set(names):
             assert engine.residency.admit(name)
         lengths, tables = LENGTHS[device.type], ([0, 1], [2, 3], [4, 5, 6, 7, 8])
+        assert engine.graphs is not None
 
         def spans(starts: tuple[int, ...], counts: tuple[int, ...]) -> list[Span]:
             return [
@@ -127,28 +128,40 @@ def test_prompts_and_decodes_of_mixed_variants(
                 for name, start, count, table in zip(names, starts, counts, tables, strict=True)
             ]
 
-        prompts = spans((0, 0, 0), lengths)
-        batch = Batch.build(prompts, engine.device)
-        expected_TH = reference.forward(batch)
-        for one in (*cache.keys, *cache.values):
-            one.fill_(torch.nan)
-        assert error(engine.model.forward(batch), expected_TH) <= TOLERANCE[dtype]
+        def expected(step: list[Span]) -> tuple[Tensor, Tensor]:
+            hidden_TH = reference.forward(Batch.build(step, engine.device))
+            groups = token_groups(span.slot for span in step for _ in span.token_ids)
+            return hidden_TH, reference.logits(hidden_TH, groups)
 
-        decodes = spans(lengths, (1, 1, 1))
-        expected_TH = reference.forward(Batch.build(decodes, engine.device))
-        groups = token_groups(span.slot for span in decodes)
-        expected_TV = reference.logits(expected_TH, groups)
-        before = [one.clone() for one in (*cache.keys, *cache.values)]
-        assert engine.graphs is not None
-        logits_TV, tokens_T = engine.graphs.run(decodes)
-        assert error(logits_TV, expected_TV) <= TOLERANCE[dtype]
-        assert tokens_T.tolist() == logits_TV.argmax(dim=-1).tolist()
-        # Nobody else's keys and values are touched, by rows that only fill the batch up either.
-        new = Batch.build(decodes, engine.device).cache_rows_T
-        for one, old in zip((*cache.keys, *cache.values), before, strict=True):
-            for cached in (one, old):
-                cached.flatten(0, 1)[new] = 0
-            torch.testing.assert_close(one, old, rtol=0, atol=0, equal_nan=True)
+        prompts = spans((0, 0, 0), lengths)
+        expected_TH, expected_TV = expected(prompts)
+
+        def forget() -> None:
+            for one in (*cache.keys, *cache.values):
+                one.fill_(torch.nan)
+
+        forget()
+        batch = Batch.build(prompts, engine.device)
+        assert error(engine.model.forward(batch), expected_TH) <= TOLERANCE[dtype]
+        forget()
+        assert error(engine.graphs.run(prompts)[0], expected_TV) <= TOLERANCE[dtype]
+
+        at = lengths
+        for counts in ((1, 1, 1), (1, 6, 1)):
+            step = spans(at, counts)
+            _, expected_TV = expected(step)
+            before = [one.clone() for one in (*cache.keys, *cache.values)]
+            logits_TV, tokens_T = engine.graphs.run(step)
+            assert error(logits_TV, expected_TV) <= TOLERANCE[dtype]
+            assert tokens_T.tolist() == logits_TV.argmax(dim=-1).tolist()
+            # Nobody else's keys and values are touched, by rows that only fill the step up either.
+            new = Batch.build(step, engine.device).cache_rows_T
+            for one, old in zip((*cache.keys, *cache.values), before, strict=True):
+                for cached in (one, old):
+                    cached.flatten(0, 1)[new] = 0
+                torch.testing.assert_close(one, old, rtol=0, atol=0, equal_nan=True)
+            expected(step)  # puts back what was set to 0
+            at = tuple(start + count for start, count in zip(at, counts, strict=True))
 
 
 def test_codes_are_decoded_a_few_faces_at_a_time(
@@ -159,7 +172,7 @@ def test_codes_are_decoded_a_few_faces_at_a_time(
     config = synthetic._scaled(hidden=128, inner=128, layers=2, vocab=64, context=64)
     monkeypatch.setitem(synthetic.SYNTHETIC_MODELS, "coded", config)
     num_bytes = 2 * 2 * config.hidden_size * config.intermediate_size
-    monkeypatch.setattr(decode_buffers, "DECODED_BYTES", faces_at_once * num_bytes)
+    monkeypatch.setattr(step_buffers, "DECODED_BYTES", faces_at_once * num_bytes)
     source = SyntheticSource("coded", num_variants=2, code="4+1")
     with Engine(source, device=device.type, dtype="bfloat16", max_sequences=1) as engine:
         engine.model.decoded.fill_(torch.nan)

@@ -14,7 +14,7 @@ from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import MAX_FACES, Cut, is_fast
 from moeruntime.kernels.shapes import tile_rows
 from moeruntime.kernels.strips import lay_in_strips
-from moeruntime.models.decode_buffers import BATCH_SIZES, StepShapes, batch_sizes
+from moeruntime.models.step_buffers import BATCH_SIZES, StepShapes, batch_sizes
 
 NO_TRITON = """
 import sys

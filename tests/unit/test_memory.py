@@ -13,8 +13,8 @@ from moeruntime.errors import ResourceError, UsageError
 from moeruntime.kv_cache import KVCache
 from moeruntime.loader import RING_BYTES
 from moeruntime.memory import RESERVE_BYTES, MemoryPlan, plan_memory
-from moeruntime.models.decode_buffers import StepBuffers
 from moeruntime.models.layers import half_rotary_tables
+from moeruntime.models.step_buffers import StepBuffers
 from moeruntime.pack import Pack
 from moeruntime.synthetic import SyntheticSource
 from runtime_fixtures import pack_with_common_tensors
@@ -49,6 +49,7 @@ def plan(source: Pack, **changes: Any) -> MemoryPlan:
         "dtype": torch.float32,
         "device": torch.device("cpu"),
         "max_sequences": 4,
+        "max_step_tokens": 4,
         "cache_bytes": None,
         "kept_layers": 0,
     }
@@ -194,11 +195,16 @@ def test_a_gpu_needs_buffers_for_its_steps_and_no_decoded_experts(
     free(2**40)
     coded = SyntheticSource("mixtral-tiny", num_variants=2, code="4+2")
     plain = SyntheticSource("mixtral-tiny", num_variants=2)
-    options: dict[str, Any] = {"num_slots": 2, "dtype": torch.bfloat16, "max_sequences": 9}
+    options: dict[str, Any] = {"num_slots": 2, "dtype": torch.bfloat16, "max_sequences": 5}
     for source in (coded, plain):
         on_cpu, on_cuda = (
             plan_memory(
-                source, device=torch.device(device), cache_bytes=2**20, kept_layers=0, **options
+                source,
+                device=torch.device(device),
+                cache_bytes=2**20,
+                kept_layers=0,
+                max_step_tokens=9,
+                **options,
             )
             for device in ("cpu", "cuda")
         )
@@ -206,14 +212,14 @@ def test_a_gpu_needs_buffers_for_its_steps_and_no_decoded_experts(
         assert on_cuda.decoded_bytes == 0
         assert (on_cpu.decoded_bytes > 0) == (source is coded)
         assert on_cuda.experts_bytes == on_cpu.experts_bytes
-    # What is counted on "meta" is what is allocated; faces are 8, batches are filled up to 16.
+    # What is counted on "meta" is what is allocated; faces are 8, steps are filled up to 16.
     config = plain.manifest.config
     parts = (config, 9, 8, torch.bfloat16, frozenset({torch.bfloat16}))
     buffers = StepBuffers(*parts, torch.device("cpu"))
     lists = vars(buffers.lists).values()
     tensors = [*lists, *buffers.routed.values(), *buffers.inner.values()]
     tensors += [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
-    assert buffers.inputs.shape == (4, 16)
+    assert buffers.inputs.shape == (5, 16)
     assert storage_bytes(tensors) == buffers.num_bytes
     rotary = half_rotary_tables(config, torch.device("cpu"))
     assert on_cuda.buffer_bytes == buffers.num_bytes + sum(table.nbytes for table in rotary)

@@ -108,7 +108,6 @@ def test_a_batch_lays_sequences_side_by_side() -> None:
     assert batch.cache_rows_T.tolist() == [7 * 16 + 15, 2 * 16, 4 * 16, 9 * 16 + 2, 9 * 16 + 3]
     assert batch.groups == ((1, 0, 3), (0, 3, 5))
     assert batch.spans == ((0, 2, 17), (2, 3, 1), (3, 5, 4))
-    assert batch.last_rows == [1, 2, 4]
 
 
 def test_tokens_of_a_slot_must_be_adjacent() -> None:

@@ -25,7 +25,7 @@ from moeruntime.models.experts import ExpertPool
 from moeruntime.request import Request, SamplingParams
 
 if TYPE_CHECKING:  # imports Triton, which a CPU build of torch lacks
-    from moeruntime.models.decode_graph import DecodeGraphs
+    from moeruntime.models.step_graphs import StepGraphs
 
 __all__ = ["DecodeRow", "decode_rate", "measure_decode", "tokens_needed"]
 
@@ -147,7 +147,7 @@ class _Step(Protocol):
 class _GraphStep:
     """A captured step."""
 
-    def __init__(self, graphs: DecodeGraphs, spans: Sequence[Span]) -> None:
+    def __init__(self, graphs: StepGraphs, spans: Sequence[Span]) -> None:
         self._graphs, self._num_rows = graphs, len(spans)
         graphs.run(spans)
         self._counts_LF = graphs.buffers.lists.counts_LF.cpu()

@@ -105,6 +105,9 @@ def prefill(engine: Engine, num_tokens: int) -> Callable[[], object]:
     numbers = random.Random(num_tokens)
     tokens = [numbers.randrange(manifest.config.vocab_size) for _ in range(num_tokens)]
     span = Span(slot, 0, tokens, 0, range(blocks_for(num_tokens)))
+    graphs = engine.graphs
+    if graphs is not None and num_tokens <= graphs.max_tokens:
+        return lambda: graphs.run([span])
     batch = Batch.build([span], engine.device)
 
     def run() -> object:

@@ -17,12 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from moeruntime.kernels.chain import begin_chained, chained
-from moeruntime.kernels.spans import SPAN_ROWS, Spans
+from moeruntime.kernels.spans import SPAN_TOKENS, Spans
 
 __all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attention"]
 
 STEP, STAGES = 128, 2
 """Keys that a decode takes at a time, and how many steps ahead it reads."""
+
+SPAN_HEADS = 4
+"""Query heads of a key-value head that a program of `span_attention` takes at most."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -36,9 +39,13 @@ def _turn(first, second, cos, sin):
 @triton.jit(do_not_specialize_on_alignment=("position_T", "row_T"))
 def _rotate_kernel(
     qkv, position_T, row_T, cos, sin, query, keys, values,
-    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    begin_chained(CHAINED)
     token, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(row_T + token)
+    if row < 0:
+        return
     half = tl.arange(0, HALF)
     inside = half < D // 2
     source = qkv + token.to(tl.int64) * ((Q + 2 * KV) * D) + head * D + half
@@ -53,9 +60,9 @@ def _rotate_kernel(
     if head < Q:
         target = query + (token.to(tl.int64) * Q + head) * D + half
     elif head < Q + KV:
-        target = keys + (tl.load(row_T + token) * KV + head - Q) * D + half
+        target = keys + (row * KV + head - Q) * D + half
     else:
-        target = values + (tl.load(row_T + token) * KV + head - Q - KV) * D + half
+        target = values + (row * KV + head - Q - KV) * D + half
     tl.store(target, first, inside)
     tl.store(target + D // 2, second, inside)
 
@@ -75,7 +82,7 @@ def rotate_and_store(
     Args:
         qkv_TC: queries, keys and values side by side, [T, (Q + 2 KV) * D].
         position_T: int64.
-        row_T: int64 cache rows, block * B + row within it.
+        row_T: int64 cache rows, block * B + row within it; -1 where a row only fills the step up.
         rotary: float32 cosines and sines [positions, D / 2].
         keys: cache [blocks, B, KV, D].
         values: the same for values.
@@ -86,6 +93,7 @@ def rotate_and_store(
     _rotate_kernel[(num_tokens, num_query + 2 * num_kv)](
         qkv_TC, position_T, row_T, *rotary, out_TQD, keys, values,
         Q=num_query, KV=num_kv, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        **chained(qkv_TC.device),
     )  # fmt: skip
 
 
@@ -279,22 +287,30 @@ def decode_attention(
 def _span_kernel(
     query, keys, values, out, tiles, starts, stops, contexts, tables, table_stride, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    begin_chained(CHAINED)
     span = tl.load(tiles + 2 * tl.program_id(1))
+    if span < 0:
+        return
+    # Query heads that share keys are rows beside each other.
+    ROWS: tl.constexpr = TOKENS * HEADS
+    runs: tl.constexpr = (G + HEADS - 1) // HEADS
+    kv = tl.program_id(0) // runs
+    of_kv = tl.program_id(0) % runs * HEADS + tl.arange(0, ROWS) % HEADS
     first_row = tl.load(tiles + 2 * tl.program_id(1) + 1)
     start, stop = tl.load(starts + span), tl.load(stops + span)
     context = tl.load(contexts + span)
     dtype = query.dtype.element_ty
-    rows, dims = start + first_row + tl.arange(0, ROWS), tl.arange(0, DIM)
-    in_rows, in_dims = (rows < stop)[:, None], dims < D
-    place = context - (stop - start) + first_row + tl.arange(0, ROWS)
-    q_at = query + (rows.to(tl.int64)[:, None] * Q + head) * D + dims[None, :]
-    q = tl.load(q_at, in_rows & in_dims[None, :], other=0.0)
+    token, dims = first_row + tl.arange(0, ROWS) // HEADS, tl.arange(0, DIM)
+    rows_in, in_dims = ((start + token < stop) & (of_kv < G))[:, None], dims < D
     first_place = context - (stop - start) + first_row
+    place = first_place + tl.arange(0, ROWS) // HEADS
+    at_row = (start + token).to(tl.int64) * Q + kv * G + of_kv
+    q = tl.load(query + at_row[:, None] * D + dims[None, :], rows_in & in_dims[None, :], other=0.0)
     low = tl.maximum(0, first_place - window + 1) // STEP * STEP
-    high = tl.minimum(first_place + ROWS, context)
+    high = tl.minimum(first_place + TOKENS, context)
     largest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -302,7 +318,7 @@ def _span_kernel(
         where = at + tl.arange(0, STEP)
         inside = where < high
         block = tl.load(tables + span * table_stride + where // BLOCK, inside, other=0)
-        row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + head // G
+        row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
         k = tl.load(
             keys + row[None, :] * D + dims[:, None], inside[None, :] & in_dims[:, None], other=0.0
         )
@@ -318,8 +334,8 @@ def _span_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         largest = peak
-    target = out + (rows.to(tl.int64)[:, None] * Q + head) * D + dims[None, :]
-    tl.store(target, (acc / total[:, None]).to(dtype), in_rows & in_dims[None, :])
+    target = out + at_row[:, None] * D + dims[None, :]
+    tl.store(target, (acc / total[:, None]).to(dtype), rows_in & in_dims[None, :])
 
 
 def span_attention(
@@ -328,7 +344,9 @@ def span_attention(
     values: Tensor,
     spans: Spans,
     sliding_window: int | None,
-) -> Tensor:
+    *,
+    out_TQD: Tensor,
+) -> None:
     """Causal attention of each sequence's new tokens over its cached ones, which include them.
 
     Args:
@@ -337,19 +355,19 @@ def span_attention(
         values: the same for values.
         spans: the sequences.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
-
-    Returns:
-        [T, Q * D] in the query's dtype.
+        out_TQD: in the query's dtype; may be the queries themselves, each of which is read by the
+            program that writes in its place.
     """
     num_query, head_dim = query_TQD.shape[1:]
     block, num_kv = keys.shape[1:3]
-    out = torch.empty_like(query_TQD)
+    a_kv = num_query // num_kv
+    heads = min(SPAN_HEADS, triton.next_power_of_2(a_kv))
     exact = query_TQD.dtype == torch.float32
-    _span_kernel[(num_query, len(spans.tiles_N2))](
-        query_TQD, keys, values, out, spans.tiles_N2, *spans.rows_3S, spans.tables_SB,
+    _span_kernel[(num_kv * triton.cdiv(a_kv, heads), len(spans.tiles_N2))](
+        query_TQD, keys, values, out_TQD, spans.tiles_N2, *spans.rows_3S, spans.tables_SB,
         spans.tables_SB.stride(0), sliding_window or 2**30, head_dim**-0.5,
         Q=num_query, KV=num_kv, D=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
-        G=num_query // num_kv, BLOCK=block, ROWS=SPAN_ROWS, STEP=32 if exact else 64,
+        G=a_kv, BLOCK=block, TOKENS=SPAN_TOKENS, HEADS=heads, STEP=32 if exact else 64,
         PRECISION="ieee" if exact else "tf32", num_warps=8, num_stages=1 if exact else 3,
+        **chained(query_TQD.device),
     )  # fmt: skip
-    return out.flatten(1)

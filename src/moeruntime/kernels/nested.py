@@ -137,15 +137,15 @@ def _nested_down_kernel(
 
 
 @triton.jit
-def _field(
+def _bytes(
     plane, row, at,
-    R: tl.constexpr, J: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """The fields of a row's STEP columns from `at` on, of consecutive bytes.
+    """STEP bytes of each row from `at` on, a multiple of STEP; `plane` is R rows of J bytes.
 
-    `plane` is a matrix of R rows of J bytes. STRIPS: as `strips` puts it, and of gate_up for 2.
+    STRIPS: as `strips` puts it, and of gate_up for 2.
     """
-    byte = at % J + tl.arange(0, STEP)[None, :]
+    byte = at + tl.arange(0, STEP)[None, :]
     if STRIPS:
         half: tl.constexpr = 16
         if STRIPS == 2:
@@ -153,7 +153,32 @@ def _field(
         byte = (byte // 128 * R + row) * 128 + (byte % 128 ^ row % 2 * 64)
     else:
         byte += row * J
-    return (tl.load(plane + byte).to(tl.int32) >> (at // J * WIDTH)) & (2**WIDTH - 1)
+    # Planes and their rows begin at multiples of 16, which the compiler cannot see.
+    byte = tl.max_contiguous(byte, (1, 16))
+    return tl.load(tl.multiple_of(plane + byte, (1, 16))).to(tl.int32)
+
+
+@triton.jit
+def _join(
+    plane4, plane2, plane1, row, at, RUN: tl.constexpr, WHICH: tl.constexpr, BITS: tl.constexpr,
+    R: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Codes of BITS bits of STEP columns of each row: from `at` on in the run that is WHICH of 8.
+
+    A run has RUN columns, and a plane of width W has W runs of bytes: its field at a column is of
+    run WHICH % W, WHICH // W fields up.
+    """
+    code = tl.zeros((ROWS, STEP), tl.int32)
+    if BITS & 4:
+        byte = _bytes(plane4, row, at + WHICH % 4 * RUN, R, 4 * RUN, STEP, STRIPS)
+        code = byte >> (WHICH // 4 * 4) & 15
+    if BITS & 2:
+        byte = _bytes(plane2, row, at + WHICH % 2 * RUN, R, 2 * RUN, STEP, STRIPS)
+        code = code << 2 | byte >> (WHICH // 2 * 2) & 3
+    if BITS & 1:
+        byte = _bytes(plane1, row, at, R, RUN, STEP, STRIPS)
+        code = code << 1 | byte >> WHICH & 1
+    return code
 
 
 @triton.jit(do_not_specialize=("first_face",))
@@ -165,44 +190,44 @@ def _decode_kernel(
     number = first_face + tl.program_id(2)
     if tl.load(counts + number) == 0:
         return
-    J: tl.constexpr = C // 8
+    RUN: tl.constexpr = C // 8
     face = faces + number * 6
     slot, bits, step = tl.load(face), tl.load(face + 1), tl.load(face + 2)
-    own = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = own < R
-    own = tl.where(inside, own, 0).to(tl.int64)
-    slot = slot.to(tl.int64)
-    row = slot * R + own
-    at = tl.program_id(0) * STEP
-    shared = tl.zeros((ROWS, STEP), tl.int32)
-    if SHARED & 4:
-        shared = _field(plane4 + slot * (R * 4 * J), own, at, R, 4 * J, 4, STEP, STRIPS)
-    if SHARED & 2:
-        plane2 += slot * (R * 2 * J)
-        shared = (shared << 2) | _field(plane2, own, at, R, 2 * J, 2, STEP, STRIPS)
-    if SHARED & 1:
-        plane1 += slot * (R * J)
-        shared = (shared << 1) | _field(plane1, own, at, R, J, 1, STEP, STRIPS)
-    level = shared << (7 - SHARED)
-    refined = tl.zeros((ROWS, STEP), tl.int32)
-    if (bits & 4) != 0:
-        own4 = tl.load(face + 3).to(tl.pointer_type(tl.uint8))
-        refined = _field(own4, own, at, R, 4 * J, 4, STEP, STRIPS)
-    if (bits & 2) != 0:
-        own2 = tl.load(face + 4).to(tl.pointer_type(tl.uint8))
-        refined = (refined << 2) | _field(own2, own, at, R, 2 * J, 2, STEP, STRIPS)
-    if (bits & 1) != 0:
-        own1 = tl.load(face + 5).to(tl.pointer_type(tl.uint8))
-        refined = (refined << 1) | _field(own1, own, at, R, J, 1, STEP, STRIPS)
-    level += refined * step.to(tl.int32)
+    own4 = tl.load(face + 3).to(tl.pointer_type(tl.uint8))
+    own2 = tl.load(face + 4).to(tl.pointer_type(tl.uint8))
+    own1 = tl.load(face + 5).to(tl.pointer_type(tl.uint8))
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < R)[:, None]
+    rows = tl.where(rows < R, rows, 0).to(tl.int64)
+    own = rows[:, None]
+    plane4 += slot * (R * 4 * RUN)
+    plane2 += slot * (R * 2 * RUN)
+    plane1 += slot * (R * RUN)
+    row_scales = scales + (slot * R + rows) * ((C + GROUP - 1) // GROUP)
     centre = (2**SHARED - 1) * 2 ** (7 - SHARED) * 0.5
     centre += step.to(tl.float32) * ((tl.full((), 1, tl.int32) << bits.to(tl.int32)) - 1) * 0.5
-    column = at + tl.arange(0, STEP)[None, :]
-    groups: tl.constexpr = (C + GROUP - 1) // GROUP
-    scale = tl.load(scales + row * groups + column // GROUP).to(tl.float32)
-    weights = ((level.to(tl.float32) - centre) * scale).to(out.dtype.element_ty)
-    to = out + (tl.program_id(2).to(tl.int64) * R + own) * C + column
-    tl.store(to, weights, inside & (column < C))
+    at = tl.program_id(0) * STEP
+    for which in tl.static_range(8):
+        shared = _join(
+            plane4, plane2, plane1, own, at, RUN, which, SHARED, R, STEP, STRIPS, ROWS
+        )  # fmt: skip
+        level = shared << (7 - SHARED)
+        refined = tl.zeros((ROWS, STEP), tl.int32)
+        for width in tl.static_range(1, 5):
+            if bits == width:
+                refined = _join(
+                    own4, own2, own1, own, at, RUN, which, width, R, STEP, STRIPS, ROWS
+                )  # fmt: skip
+        level += refined * step.to(tl.int32)
+        first = at + which * RUN
+        column = first + tl.arange(0, STEP)[None, :]
+        if GROUP % STEP == 0:  # one scale for all of them
+            scale = tl.load(row_scales + first // GROUP)[:, None]
+        else:
+            scale = tl.load(row_scales[:, None] + column // GROUP)
+        weights = (level.to(tl.float32) - centre) * scale.to(tl.float32)
+        to = out + (tl.program_id(2).to(tl.int64) * R + own) * C + column
+        tl.store(to, weights.to(out.dtype.element_ty), inside)
 
 
 def can_decode(part: FacePart) -> bool:
@@ -221,9 +246,9 @@ def decode_faces(part: FacePart, first: int, counts_F: Tensor, *, out_FRC: Tenso
     """
     num_faces, num_rows, num_columns = out_FRC.shape
     run = num_columns // 8
-    step = min(512, run & -run)  # columns of one field
-    rows = max(1, 4096 // step)
-    _decode_kernel[(num_columns // step, triton.cdiv(num_rows, rows), num_faces)](
+    step = min(128, run & -run)
+    rows = 4096 // step
+    _decode_kernel[(run // step, triton.cdiv(num_rows, rows), num_faces)](
         *_codes(part), counts_F, out_FRC, first,
         R=num_rows, C=num_columns, SHARED=part.shared_bits, GROUP=part.group,
         ROWS=rows, STEP=step, STRIPS=part.in_strips * (1 + part.is_gate_up), num_warps=4,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SPAN_ROWS", "Spans", "to_device"]
+__all__ = ["SPAN_TOKENS", "Spans", "span_tiles", "to_device"]
 
-SPAN_ROWS = 128
+SPAN_TOKENS = 32
 """New tokens of one sequence that a program of `span_attention` takes."""
 
 
@@ -19,7 +19,8 @@ class Spans:
     """The sequences of a step, on the device.
 
     Attributes:
-        tiles_N2: int32 (sequence, first row within it), one for every SPAN_ROWS new tokens.
+        tiles_N2: int32 (sequence, first row within it), one for every SPAN_TOKENS new tokens; a
+            sequence of -1 is none.
         rows_3S: int32; of each sequence the first row among the step's tokens, the row past its
             last, and its tokens in the cache, the new ones included.
         tables_SB: int32 block tables, a row a sequence.
@@ -37,18 +38,22 @@ class Spans:
         device: torch.device,
     ) -> Spans:
         """Lay out (start, stop, context) and the blocks of each sequence; one transfer."""
-        tiles = [
-            number
-            for idx, (start, stop, _) in enumerate(spans)
-            for first in range(0, stop - start, SPAN_ROWS)
-            for number in (idx, first)
-        ]
+        tiles = [number for tile in span_tiles(spans) for number in tile]
         columns = [number for column in zip(*spans, strict=True) for number in column]
         width = max(len(table) for table in block_tables)
         blocks = [n for table in block_tables for n in (*table, *[0] * (width - len(table)))]
         packed = torch.tensor([*tiles, *columns, *blocks], dtype=torch.int32)
         parts = to_device(packed, device).split([len(tiles), len(columns), len(blocks)])
         return cls(parts[0].view(-1, 2), parts[1].view(3, -1), parts[2].view(len(spans), -1))
+
+
+def span_tiles(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(sequence, first row within it) of each tile of their new tokens."""
+    return [
+        (idx, first)
+        for idx, (start, stop, _) in enumerate(spans)
+        for first in range(0, stop - start, SPAN_TOKENS)
+    ]
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

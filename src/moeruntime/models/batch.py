@@ -13,7 +13,7 @@ from moeruntime.kernels import TokenGroup
 from moeruntime.kernels.spans import Spans, to_device
 from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
 
-__all__ = ["Batch", "Span"]
+__all__ = ["Batch", "Span", "lay_out", "token_groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +72,9 @@ class Batch:
     @classmethod
     def build(cls, sequences: Sequence[Span], device: torch.device) -> Batch:
         """Lay sequences side by side; they must already be sorted by slot."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        variants: list[int] = []
-        rows: list[int] = []
-        spans: list[tuple[int, int, int]] = []
-        for sequence in sequences:
-            count = len(sequence.token_ids)
-            where = range(sequence.start, sequence.start + count)
-            spans.append((len(tokens), len(tokens) + count, sequence.start + count))
-            tokens += sequence.token_ids
-            positions += where
-            slots += [sequence.slot] * count
-            variants += [sequence.variant_idx] * count
-            rows += [
-                sequence.block_table[pos // BLOCK_TOKENS] * BLOCK_TOKENS + pos % BLOCK_TOKENS
-                for pos in where
-            ]
+        columns, spans = lay_out(sequences)
         # One transfer for all the per-token integers.
-        packed = torch.tensor([tokens, positions, slots, variants, rows])
-        packed = to_device(packed, device)
+        packed = to_device(torch.tensor(columns), device)
         token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
         source_spans: tuple[tuple[int, int, int], ...] = ()
         sources_on_device = None
@@ -109,7 +91,7 @@ class Batch:
             slot_T=slot_T,
             variant_T=variant_T,
             cache_rows_T=cache_rows_T,
-            groups=token_groups(slots),
+            groups=token_groups(columns[2]),
             spans=tuple(spans),
             spans_on_device=Spans.build(spans, [s.block_table for s in sequences], device),
             sources=cls._to_encode(sequences, device),
@@ -135,10 +117,33 @@ class Batch:
             for table_B, (_, _, context) in zip(tables_SB, self.spans, strict=True)
         ]
 
-    @property
-    def last_rows(self) -> list[int]:
-        """Row of each sequence's last token."""
-        return [stop - 1 for _, stop, _ in self.spans]
+
+def lay_out(sequences: Sequence[Span]) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
+    """Put the tokens of sequences side by side.
+
+    Returns:
+        Tokens, positions, resident slots, variants and cache rows, as `Batch` has them; and
+        (start, stop, context) of each sequence.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    variants: list[int] = []
+    rows: list[int] = []
+    spans: list[tuple[int, int, int]] = []
+    for sequence in sequences:
+        count = len(sequence.token_ids)
+        where = range(sequence.start, sequence.start + count)
+        spans.append((len(tokens), len(tokens) + count, sequence.start + count))
+        tokens += sequence.token_ids
+        positions += where
+        slots += [sequence.slot] * count
+        variants += [sequence.variant_idx] * count
+        rows += [
+            sequence.block_table[pos // BLOCK_TOKENS] * BLOCK_TOKENS + pos % BLOCK_TOKENS
+            for pos in where
+        ]
+    return [tokens, positions, slots, variants, rows], spans
 
 
 def token_groups(slots: Iterable[int]) -> tuple[TokenGroup, ...]:

@@ -16,8 +16,8 @@ from moeruntime.models.experts import ExpertPool
 from moeruntime.pack import Manifest
 
 if TYPE_CHECKING:
-    from moeruntime.models.decode_graph import DecodeGraphs
     from moeruntime.models.fused import FusedDecoder
+    from moeruntime.models.step_graphs import StepGraphs
 
 __all__ = ["build_model"]
 
@@ -29,9 +29,10 @@ def build_model(
     cache: KVCache,
     *,
     num_slots: int,
-    max_rows: int,
-) -> tuple[Decoder | EncoderDecoder | FusedDecoder, DecodeGraphs | None]:
-    """The model over views of what is loaded, and on CUDA the graphs of a decoder's decode steps.
+    max_sequences: int,
+    max_step_tokens: int,
+) -> tuple[Decoder | EncoderDecoder | FusedDecoder, StepGraphs | None]:
+    """The model over views of what is loaded, and on CUDA the graphs of a decoder's steps.
 
     An encoder-decoder runs the reference kernels on every device.
 
@@ -41,7 +42,8 @@ def build_model(
         experts: one pool a layer.
         cache: keys and values.
         num_slots: resident slots.
-        max_rows: most sequences in a decode step.
+        max_sequences: most sequences in a step.
+        max_step_tokens: most tokens in a step.
     """
     config, device = manifest.config, cache.keys[0].device
     faces_of = [manifest.faces(layer)[1] for layer in range(config.num_layers)]
@@ -55,8 +57,13 @@ def build_model(
     if device.type != "cuda":
         return Decoder(*parts), None
     # Not before it is needed: this imports Triton, which a CPU build of torch lacks.
-    from moeruntime.models.decode_graph import DecodeGraphs
     from moeruntime.models.fused import FusedDecoder
+    from moeruntime.models.step_graphs import StepGraphs
 
     model = FusedDecoder(*parts)
-    return model, DecodeGraphs(model, num_slots, max_rows)
+    return model, StepGraphs(
+        model,
+        num_slots=num_slots,
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+    )

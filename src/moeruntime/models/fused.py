@@ -1,8 +1,8 @@
 """The decoder in Triton kernels: what `decoder.py` defines, as fast as the device allows.
 
 The order of operations is the same; neighbouring ones share a launch, and the residual stream is
-float32. Prompts and mixed steps run through `forward`. Steps of one token a sequence have kernels
-of their own, which `decode_graph.py` puts into graphs.
+float32. Steps of any size run through `forward`; those of few tokens are in graphs, as
+`step_graphs.py` has it.
 
 Legend: T tokens, M (token, choice) pairs, R resident slots, H hidden, I intermediate, V variants,
 L layers, E logical experts.
@@ -34,9 +34,9 @@ from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
-from moeruntime.models.decode_buffers import StepShapes, decoded_numel
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
+from moeruntime.models.step_buffers import StepShapes, decoded_numel
 
 __all__ = ["FusedDecoder"]
 
@@ -147,10 +147,12 @@ class FusedDecoder:
             values,
             out_TQD=query_TQD,
         )
-        attended_TC = attention.span_attention(
-            query_TQD, keys, values, batch.spans_on_device, config.sliding_window
+        spans = batch.spans_on_device
+        attention.span_attention(
+            query_TQD, keys, values, spans, config.sliding_window, out_TQD=query_TQD
         )
-        return grouped_linear(attended_TC, self.weights[layer_role(layer, "o_proj")], batch.groups)
+        o_proj = self.weights[layer_role(layer, "o_proj")]
+        return grouped_linear(query_TQD.flatten(1), o_proj, batch.groups)
 
     def _experts(
         self,

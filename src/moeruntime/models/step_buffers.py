@@ -1,4 +1,4 @@
-"""What decode steps work in: sizes of batches, how products are cut, and the memory between them.
+"""What captured steps work in: their sizes, how products are cut, and the memory between them.
 
 Imports no Triton: the memory plan counts these tensors before anything is loaded.
 
@@ -7,7 +7,7 @@ Legend: T rows of the batch, B blocks of a sequence, H hidden, I intermediate, V
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +25,39 @@ __all__ = [
     "StepShapes",
     "batch_sizes",
     "decoded_numel",
+    "prompt_sizes",
+    "step_rows",
 ]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Batches are filled up to the next of these."""
+"""Steps of one token a sequence are filled up to the next of these."""
+
+PROMPT_SIZES = (8, 16, 32, 64, 96, 128, 192, 256)
+"""Others, if they have no more tokens, to the next of these."""
 
 DECODED_BYTES = 2**30
 """Where a step of many tokens meets nested codes, so many bytes of weights are decoded at once."""
 
 
-def batch_sizes(max_rows: int) -> list[int]:
-    """What batches of up to `max_rows` are filled to; at most the last of BATCH_SIZES."""
-    sizes = [size for size in BATCH_SIZES if size < max_rows]
-    return [*sizes, next(size for size in BATCH_SIZES if size >= max_rows)]
+def batch_sizes(max_sequences: int) -> list[int]:
+    """What steps of one token each of up to `max_sequences` are filled to; at most 256."""
+    return _up_to(max_sequences, BATCH_SIZES)
+
+
+def prompt_sizes(max_step_tokens: int) -> list[int]:
+    """What captured steps with prompts are filled to, if no step has more tokens."""
+    return _up_to(step_rows(max_step_tokens), PROMPT_SIZES)
+
+
+def step_rows(max_step_tokens: int) -> int:
+    """Most tokens of a captured step, if no step has more."""
+    return min(max_step_tokens, PROMPT_SIZES[-1])
+
+
+def _up_to(most: int, sizes: Sequence[int]) -> list[int]:
+    """Those of `sizes` that up to `most` are filled to."""
+    smaller = [size for size in sizes if size < most]
+    return [*smaller, next(size for size in sizes if size >= most)]
 
 
 def decoded_numel(config: DecoderConfig, max_faces: int, dtype: torch.dtype) -> int:
@@ -112,11 +132,14 @@ _MEASURED = {
 
 
 class StepBuffers:
-    """Inputs and intermediates of the largest batch; a smaller one uses their first rows.
+    """Inputs and intermediates of the largest step; a smaller one uses their first rows.
 
     Attributes:
-        inputs: int64 [4, T]: tokens, positions, resident slots, variants.
-        tables: int32 block tables [T, B].
+        inputs: int64 [5, T]: tokens, positions, resident slots, variants; and, in steps with
+            prompts, cache rows.
+        tables: int32 block tables [T, B], a row a sequence.
+        spans, tiles: int32 [3, T] and [T, 2], the sequences of steps with prompts, as `Spans`
+            has them.
         residual, normed, qkv, attended: the residual stream in float32, and what blocks make of it.
         o_parts, down_parts: float32 partial products, still to be added up.
         routed, inner: inputs and inner activations [pairs, I] of the experts, by their dtype.
@@ -138,7 +161,7 @@ class StepBuffers:
 
         Args:
             config: the architecture.
-            max_rows: most sequences in a step.
+            max_rows: most tokens in a step.
             max_faces: distinct experts of the layer that has the most.
             dtype: what the model computes in.
             expert_dtypes: what its experts take.
@@ -146,15 +169,17 @@ class StepBuffers:
         """
         sizes = batch_sizes(max_rows)
         shapes = [StepShapes.of(size, exact=dtype == torch.float32) for size in sizes]
-        rows, hidden = sizes[-1], config.hidden_size
+        rows, hidden = max(sizes[-1], prompt_sizes(max_rows)[-1]), config.hidden_size
         pairs = rows * config.top_k
         heads = config.num_heads + 2 * config.num_kv_heads
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*shape, dtype=of, device=device)
 
-        self.inputs = zeros(4, rows, of=torch.int64)
+        self.inputs = zeros(5, rows, of=torch.int64)
         self.tables = zeros(rows, blocks_for(config.max_context), of=torch.int32)
+        self.spans = zeros(3, rows, of=torch.int32)
+        self.tiles = zeros(rows, 2, of=torch.int32)
         self.residual = zeros(rows, hidden, of=torch.float32)
         self.normed = zeros(rows, hidden)
         self.qkv = zeros(rows, heads * config.head_dim)

@@ -1,0 +1,289 @@
+"""Steps of few tokens, captured in CUDA graphs: one for each size of step, and of two kinds.
+
+A graph's launches and addresses are frozen; what differs from step to step is data: tokens,
+positions, block tables, which resident slot and variant each row has, and which rows form the tiles
+of a dense product. So one graph serves any mixture of variants, and an activation needs no capture.
+
+Steps of one token a sequence have attention of their own, and at the end of one its tokens and
+positions are already those of the next, on the device: as long as the same sequences go on, the
+host only replays, and reads tokens one step later. Steps with prompts, or parts of them, beside
+which others may decode, differ in attention alone.
+
+Legend: T rows of the step, R resident slots, H hidden, I intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeruntime.capture import capture
+from moeruntime.families.decoder import layer_role
+from moeruntime.kernels import attention, norms
+from moeruntime.kernels.attention import DecodeScratch
+from moeruntime.kernels.projections import project
+from moeruntime.kernels.shapes import tile_rows
+from moeruntime.kernels.spans import Spans, span_tiles
+from moeruntime.kernels.upload import uploader
+from moeruntime.models.batch import Span, lay_out, token_groups
+from moeruntime.models.fused import FusedDecoder, down, down_parts, expert_dtype, gate_up
+from moeruntime.models.step_buffers import (
+    StepBuffers,
+    StepShapes,
+    batch_sizes,
+    prompt_sizes,
+    step_rows,
+)
+
+__all__ = ["StepGraphs"]
+
+IDLE = (0, 0, 0, -1, -1)
+"""Inputs of a row that only fills a step up: it has no variant, and no place in the cache."""
+
+
+class StepGraphs:
+    """Runs steps of a `FusedDecoder`, capturing a graph when one of its size is first met.
+
+    Attributes:
+        max_tokens: that a step may have.
+        buffers: what steps work in.
+    """
+
+    def __init__(
+        self, model: FusedDecoder, *, num_slots: int, max_sequences: int, max_step_tokens: int
+    ) -> None:
+        """Allocate the inputs and intermediates of the largest step.
+
+        Args:
+            model: whose weights and cache to use.
+            num_slots: resident slots.
+            max_sequences: most sequences in a step, at most the last of BATCH_SIZES.
+            max_step_tokens: most tokens in a step; if those are many, it is run without a graph.
+        """
+        self._model, self._num_slots = model, num_slots
+        self._sizes = {
+            False: batch_sizes(max_sequences),
+            True: prompt_sizes(max_step_tokens),
+        }
+        self.max_tokens = step_rows(max_step_tokens)
+        self._steps: dict[tuple[bool, int], _Step] = {}
+        self._pool: Any = None
+        config, device = model.config, model.faces_VLE.device
+        self._exact = model.head.dtype == torch.float32
+        # Layers differ in whether their experts take float32: each kind has its own.
+        kinds = {expert_dtype(pool, model.head.dtype) for pool in model.pools}
+        self.buffers = StepBuffers(
+            config, self.max_tokens, model.max_faces, model.head.dtype, frozenset(kinds), device
+        )
+
+    def run(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Run at most `max_tokens` tokens of sequences, sorted by resident slot.
+
+        Returns:
+            Logits [T, V] in float32, and the likeliest tokens [T], which the next step begins with
+            unless they are overwritten. Both belong to this object and last until the next step.
+        """
+        num_rows = sum(len(span.token_ids) for span in spans)
+        step = self._step(num_rows > len(spans), num_rows)
+        self._set(step, spans)
+        step.graph.replay()
+        return self._results(num_rows)
+
+    def run_on(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Run the next token of each, after a step of one token a sequence."""
+        self._step(False, num_rows).graph.replay()
+        return self._results(num_rows)
+
+    def capture_all(self) -> None:
+        """Capture the graphs that no step has needed yet; memory is shared, so largest first."""
+        for prompts, sizes in self._sizes.items():
+            for size in reversed(sizes):
+                self._step(prompts, size)
+
+    def _results(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        return self.buffers.logits[:num_rows], self.buffers.inputs[0, :num_rows]
+
+    def _step(self, prompts: bool, num_rows: int) -> _Step:
+        """What serves so many rows, filled up."""
+        size = next(size for size in self._sizes[prompts] if size >= num_rows)
+        if (prompts, size) not in self._steps:
+            step = self._steps[prompts, size] = self._capture(prompts, size)
+            self._pool = self._pool or step.graph.pool()
+        return self._steps[prompts, size]
+
+    @torch.inference_mode()
+    def forward(self, size: int, tiles_3N: Tensor, *, prompts: bool) -> None:
+        """The launches of one step of `size` rows, with prompts or without."""
+        model, config, shapes = self._model, self._model.config, self._shapes(size)
+        weights, buffers = model.weights, self.buffers
+        pairs = size * config.top_k
+        token_T, position_T, slot_T, variant_T, cache_row_T = buffers.inputs[:, :size].unbind()
+        residual, normed = buffers.residual[:size], buffers.normed[:size]
+        qkv, attended = buffers.qkv[:size], buffers.attended[:size]
+        hidden = config.hidden_size
+
+        def cut(flat: Tensor, rows: int, parts: int) -> Tensor:
+            return flat[: rows * parts * hidden].view(rows, parts, hidden)
+
+        o_parts = cut(buffers.o_parts, size, shapes.o.parts)
+        attend = (
+            self._span_attention(size, qkv, position_T, cache_row_T, attended)
+            if prompts
+            else self._decode_attention(size, qkv, position_T, variant_T, attended)
+        )
+        buffers.lists.reset()
+        residual.copy_(weights["embed_tokens"][slot_T, token_T])
+        parts = None
+        for layer in range(config.num_layers):
+            norms.add_norm(
+                residual,
+                parts,
+                weights[layer_role(layer, "input_norm")],
+                slot_T,
+                config.rms_norm_eps,
+                out_TH=normed,
+            )
+            qkv_proj = weights[layer_role(layer, "qkv_proj")]
+            project(normed, qkv_proj, tiles_3N, shapes.qkv, out=qkv[:, None])
+            attend(model.cache.keys[layer], model.cache.values[layer])
+            o_proj = weights[layer_role(layer, "o_proj")]
+            project(attended, o_proj, tiles_3N, shapes.o, out=o_parts)
+            pool, kind = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
+            routed, inner = buffers.routed[kind][:size], buffers.inner[kind][:pairs]
+            norms.route(
+                residual,
+                o_parts,
+                weights[layer_role(layer, "post_attention_norm")],
+                weights[layer_role(layer, "router")],
+                slot_T,
+                variant_T,
+                model.faces_VLE[:, layer],
+                buffers.lists,
+                layer,
+                config.rms_norm_eps,
+                out_TH=routed,
+            )
+            gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, buffers.byte_rows, inner)
+            num_parts = down_parts(pool, shapes.down, pairs)
+            found = cut(buffers.down_parts, pairs, num_parts)
+            down(pool, inner, buffers.lists, layer, shapes.down, buffers.byte_rows, found)
+            parts = found.view(size, config.top_k * num_parts, hidden)
+        norms.add_norm(
+            residual, parts, weights["final_norm"], slot_T, config.rms_norm_eps, out_TH=normed
+        )
+        project(normed, model.head, tiles_3N, shapes.head, out=buffers.logits[:size, None])
+        token_T.copy_(buffers.logits[:size].argmax(dim=-1))
+        position_T.add_(1)
+
+    def num_tiles(self, size: int) -> int:
+        """Most tiles that `size` rows of all resident slots can form."""
+        return min(size, self._num_slots - 1 + -(-size // self.tile_tokens(size)))
+
+    def tile_tokens(self, size: int) -> int:
+        """Rows of a tile."""
+        return self._shapes(size).qkv.tokens
+
+    def _shapes(self, size: int) -> StepShapes:
+        return StepShapes.of(size, exact=self._exact)
+
+    def _decode_attention(
+        self, size: int, qkv: Tensor, position_T: Tensor, variant_T: Tensor, attended: Tensor
+    ) -> Callable[[Tensor, Tensor], None]:
+        """What attends over a layer's keys and values, where sequences have a token each."""
+        config = self._model.config
+        # Splits enough to fill the device, for a small batch.
+        splits = max(1, min(16, 128 // (size * config.num_kv_heads)))
+        scratch = DecodeScratch(
+            size, config.num_heads, config.num_kv_heads, config.head_dim, splits, qkv.device
+        )
+
+        def attend(keys: Tensor, values: Tensor) -> None:
+            attention.decode_attention(
+                qkv,
+                position_T,
+                variant_T,
+                self.buffers.tables[:size],
+                self._model.rotary,
+                keys,
+                values,
+                scratch,
+                config.sliding_window,
+                out_TC=attended,
+            )
+
+        return attend
+
+    def _span_attention(
+        self, size: int, qkv: Tensor, position_T: Tensor, cache_row_T: Tensor, attended: Tensor
+    ) -> Callable[[Tensor, Tensor], None]:
+        """The same where they have any number of them."""
+        config, buffers = self._model.config, self.buffers
+        query_TQD = attended.view(size, config.num_heads, config.head_dim)
+        spans = Spans(buffers.tiles[:size], buffers.spans[:, :size], buffers.tables[:size])
+
+        def attend(keys: Tensor, values: Tensor) -> None:
+            attention.rotate_and_store(
+                qkv, position_T, cache_row_T, self._model.rotary, keys, values, out_TQD=query_TQD
+            )
+            attention.span_attention(
+                query_TQD, keys, values, spans, config.sliding_window, out_TQD=query_TQD
+            )
+
+        return attend
+
+    def _set(self, step: _Step, spans: Sequence[Span]) -> None:
+        """Send a step's inputs; rows past the last sequence meet nothing."""
+        buffers, size = self.buffers, step.size
+        columns, where = lay_out(spans)
+        idle = size - len(columns[0])
+        inputs = torch.tensor(
+            [column + [nothing] * idle for column, nothing in zip(columns, IDLE, strict=True)]
+        )
+        tiles = torch.tensor(
+            tile_rows(token_groups(columns[2]), self.tile_tokens(size), step.tiles.shape[1]),
+            dtype=torch.int32,
+        )
+        width = max(len(span.block_table) for span in spans)
+        tables = torch.tensor(
+            [[*span.block_table, *[0] * (width - len(span.block_table))] for span in spans],
+            dtype=torch.int32,
+        )
+        upload = uploader(buffers.inputs.device)
+        upload.send(inputs, buffers.inputs[:, :size])
+        upload.send(tiles, step.tiles)
+        upload.send(tables, buffers.tables[: len(spans), :width])
+        if step.prompts:
+            of_spans = span_tiles(where)
+            of_spans += [(-1, 0)] * (size - len(of_spans))
+            upload.send(torch.tensor(of_spans, dtype=torch.int32), buffers.tiles[:size])
+            upload.send(
+                torch.tensor(where, dtype=torch.int32).T.contiguous(),
+                buffers.spans[:, : len(where)],
+            )
+
+    def _capture(self, prompts: bool, size: int) -> _Step:
+        """The graph of steps of `size` rows."""
+        buffers = self.buffers
+        device = buffers.inputs.device
+        tiles = torch.full((3, self.num_tiles(size)), -1, dtype=torch.int32, device=device)
+        # Nothing reads or writes the cache.
+        buffers.inputs[:, :size] = torch.tensor(IDLE, device=device)[:, None]
+        buffers.tiles[:size] = -1
+        graph = capture(
+            lambda: self.forward(size, tiles, prompts=prompts), pool=self._pool, device=device
+        )
+        return _Step(size, prompts, tiles, graph)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One size of step, with prompts or without: its graph, and which tiles of a slot it has."""
+
+    size: int
+    prompts: bool
+    tiles: Tensor
+    graph: torch.cuda.CUDAGraph
