@@ -219,7 +219,7 @@ def test_a_gpu_needs_buffers_for_its_steps_and_no_decoded_experts(
     lists = vars(buffers.lists).values()
     tensors = [*lists, *buffers.routed.values(), *buffers.inner.values()]
     tensors += [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
-    assert buffers.inputs.shape == (5, 16)
+    assert buffers.inputs.shape == (6, 16)
     assert storage_bytes(tensors) == buffers.num_bytes
     rotary = half_rotary_tables(config, torch.device("cpu"))
     assert on_cuda.buffer_bytes == buffers.num_bytes + sum(table.nbytes for table in rotary)

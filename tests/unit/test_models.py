@@ -106,6 +106,7 @@ def test_a_batch_lays_sequences_side_by_side() -> None:
     assert batch.variant_T.tolist() == [5, 5, 5, 6, 6]
     # Position 15 is the last row of block 7, position 16 the first of block 2.
     assert batch.cache_rows_T.tolist() == [7 * 16 + 15, 2 * 16, 4 * 16, 9 * 16 + 2, 9 * 16 + 3]
+    assert batch.table_T.tolist() == [-1, -1, 1, -1, -1]
     assert batch.groups == ((1, 0, 3), (0, 3, 5))
     assert batch.spans == ((0, 2, 17), (2, 3, 1), (3, 5, 4))
 

@@ -24,6 +24,9 @@ __all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attent
 STEP, STAGES = 128, 2
 """Keys that a decode takes at a time, and how many steps ahead it reads."""
 
+ROTATED_HEADS = 16
+"""Heads of a token that a program of `rotate_and_store` takes."""
+
 SPAN_HEADS = 4
 """Query heads of a key-value head that a program of `span_attention` takes at most."""
 
@@ -39,32 +42,40 @@ def _turn(first, second, cos, sin):
 @triton.jit(do_not_specialize_on_alignment=("position_T", "row_T"))
 def _rotate_kernel(
     qkv, position_T, row_T, cos, sin, query, keys, values,
-    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, CHAINED: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin_chained(CHAINED)
-    token, head = tl.program_id(0), tl.program_id(1)
+    token = tl.program_id(0)
     row = tl.load(row_T + token)
     if row < 0:
         return
     half = tl.arange(0, HALF)
-    inside = half < D // 2
-    source = qkv + token.to(tl.int64) * ((Q + 2 * KV) * D) + head * D + half
+    in_half = half < D // 2
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    half_in = in_half[None, :]
+    inside = (head < Q + 2 * KV) & half_in
+    at = head * D + half[None, :]
+    source = qkv + token.to(tl.int64) * ((Q + 2 * KV) * D) + at
     first = tl.load(source, inside, other=0.0)
     second = tl.load(source + D // 2, inside, other=0.0)
-    if head < Q + KV:
-        angle = tl.load(position_T + token) * (D // 2) + half
-        c = tl.load(cos + angle, inside, other=0.0)
-        s = tl.load(sin + angle, inside, other=0.0)
-        turned, other = _turn(first.to(tl.float32), second.to(tl.float32), c, s)
-        first, second = turned.to(qkv.dtype.element_ty), other.to(qkv.dtype.element_ty)
-    if head < Q:
-        target = query + (token.to(tl.int64) * Q + head) * D + half
-    elif head < Q + KV:
-        target = keys + (row * KV + head - Q) * D + half
-    else:
-        target = values + (row * KV + head - Q - KV) * D + half
-    tl.store(target, first, inside)
-    tl.store(target + D // 2, second, inside)
+    angle = tl.load(position_T + token) * (D // 2) + half
+    c = tl.load(cos + angle, in_half, other=0.0)[None, :]
+    s = tl.load(sin + angle, in_half, other=0.0)[None, :]
+    turned, other = _turn(first.to(tl.float32), second.to(tl.float32), c, s)
+    turned, other = turned.to(qkv.dtype.element_ty), other.to(qkv.dtype.element_ty)
+    target = query + token.to(tl.int64) * (Q * D) + at
+    is_query = (head < Q) & half_in
+    tl.store(target, turned, is_query)
+    tl.store(target + D // 2, other, is_query)
+    target = keys + row * (KV * D) + at - Q * D
+    is_key = (head >= Q) & (head < Q + KV) & half_in
+    tl.store(target, turned, is_key)
+    tl.store(target + D // 2, other, is_key)
+    target = values + row * (KV * D) + at - (Q + KV) * D
+    is_value = (head >= Q + KV) & inside
+    tl.store(target, first, is_value)
+    tl.store(target + D // 2, second, is_value)
 
 
 def rotate_and_store(
@@ -90,10 +101,10 @@ def rotate_and_store(
     """
     num_tokens, num_query, head_dim = out_TQD.shape
     num_kv = keys.shape[2]
-    _rotate_kernel[(num_tokens, num_query + 2 * num_kv)](
+    _rotate_kernel[(num_tokens, triton.cdiv(num_query + 2 * num_kv, ROTATED_HEADS))](
         qkv_TC, position_T, row_T, *rotary, out_TQD, keys, values,
-        Q=num_query, KV=num_kv, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), num_warps=1,
-        **chained(qkv_TC.device),
+        Q=num_query, KV=num_kv, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2),
+        HEADS=ROTATED_HEADS, num_warps=2, **chained(qkv_TC.device),
     )  # fmt: skip
 
 
@@ -102,25 +113,28 @@ class DecodeScratch:
 
     def __init__(
         self,
-        max_tokens: int,
+        max_sequences: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         splits: int,
         device: torch.device,
     ) -> None:
-        """Allocate for `splits` of every (token, key-value head)."""
+        """Allocate for `splits` of every (sequence, key-value head)."""
         self.splits = splits
-        heads = (max_tokens, splits, num_heads)
+        heads = (max_sequences, splits, num_heads)
         self.sums = torch.zeros(*heads, head_dim, dtype=torch.float32, device=device)
         self.totals = torch.zeros(2, *heads, dtype=torch.float32, device=device)
         # Each combining split puts its counter back to 0.
-        self.arrived = torch.zeros(max_tokens, num_kv_heads, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(max_sequences, num_kv_heads, dtype=torch.int32, device=device)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("table_stride", "totals_half"),
+    do_not_specialize_on_alignment=("position_T", "table_T", "tables"),
+)
 def _decode_kernel(
-    qkv, position_T, variant_T, tables, cos, sin, keys, values, out,
+    qkv, position_T, table_T, tables, cos, sin, keys, values, out,
     sums, totals, arrived, table_stride, totals_half, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
@@ -128,8 +142,10 @@ def _decode_kernel(
 ):  # fmt: skip
     begin_chained(CHAINED)
     token, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if tl.load(variant_T + token) < 0:
+    sequence = tl.load(table_T + token)
+    if sequence < 0:
         return
+    tables += sequence * table_stride
     position = tl.load(position_T + token).to(tl.int32)
     dtype = qkv.dtype.element_ty
     half, dims, heads = tl.arange(0, HALF), tl.arange(0, DIM), tl.arange(0, 16)
@@ -158,7 +174,7 @@ def _decode_kernel(
     for at in tl.range(low, high, STEP):
         where = at + tl.arange(0, STEP)
         inside = where < high
-        block = tl.load(tables + token * table_stride + where // BLOCK, inside, other=0)
+        block = tl.load(tables + where // BLOCK, inside, other=0)
         row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
         k_at = keys + row[None, :] * D + half[:, None]
         k_in = inside[None, :] & in_half[:, None]
@@ -185,7 +201,7 @@ def _decode_kernel(
         )
         k_first, k_second = k_first.to(dtype), k_second.to(dtype)
         v_own = tl.load(qkv + (Q + KV + kv) * D + dims, in_dims, other=0.0)
-        block = tl.load(tables + token * table_stride + position // BLOCK).to(tl.int64)
+        block = tl.load(tables + position // BLOCK).to(tl.int64)
         row = (block * BLOCK + position % BLOCK) * KV + kv
         tl.store(keys + row * D + half, k_first, in_half)
         tl.store(keys + row * D + D // 2 + half, k_second, in_half)
@@ -204,18 +220,18 @@ def _decode_kernel(
     if SPLITS == 1:
         tl.store(out_at, (acc / total[:, None]).to(dtype), out_in)
     else:
-        mine = (token * SPLITS + split) * Q + kv * G + heads
+        mine = (sequence * SPLITS + split) * Q + kv * G + heads
         tl.store(sums + mine[:, None] * D + dims[None, :], acc, out_in)
         tl.store(totals + mine, largest, in_heads)
         tl.store(totals + totals_half + mine, total, in_heads)
         tl.debug_barrier()
-        if tl.atomic_add(arrived + token * KV + kv, 1, sem="acq_rel") == SPLITS - 1:
-            tl.store(arrived + token * KV + kv, 0)
+        if tl.atomic_add(arrived + sequence * KV + kv, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrived + sequence * KV + kv, 0)
             peak = tl.full((16,), float("-inf"), tl.float32)
             whole = tl.zeros((16,), tl.float32)
             mixed = tl.zeros((16, DIM), tl.float32)
             for one in tl.static_range(SPLITS):
-                theirs = (token * SPLITS + one) * Q + kv * G + heads
+                theirs = (sequence * SPLITS + one) * Q + kv * G + heads
                 high_one = tl.load(totals + theirs, in_heads, other=0.0, cache_modifier=".cg")
                 total_one = tl.load(
                     totals + totals_half + theirs, in_heads, other=1.0, cache_modifier=".cg"
@@ -239,8 +255,8 @@ def _decode_kernel(
 def decode_attention(
     qkv_TC: Tensor,
     position_T: Tensor,
-    variant_T: Tensor,
-    tables_TB: Tensor,
+    table_T: Tensor,
+    tables_SB: Tensor,
     rotary: tuple[Tensor, Tensor],
     keys: Tensor,
     values: Tensor,
@@ -249,13 +265,14 @@ def decode_attention(
     *,
     out_TC: Tensor,
 ) -> None:
-    """Rotate, store and attend: one new token of each sequence over its cached ones.
+    """Rotate, store and attend: the only new token of each sequence over its cached ones.
 
     Args:
         qkv_TC: queries, keys and values side by side, [T, (Q + 2 KV) * D].
         position_T: int64; also how many tokens each sequence has in the cache.
-        variant_T: int64; -1 where a row only fills the batch up and is left alone.
-        tables_TB: int32 block tables, a row a sequence.
+        table_T: int64; which of the tables is that of the row's sequence, which has no other row;
+            -1 where a row is left alone.
+        tables_SB: int32 block tables, a row a sequence.
         rotary: float32 cosines and sines [positions, D / 2].
         keys: cache [blocks, B, KV, D]; the new tokens' keys are written to it.
         values: the same for values.
@@ -269,9 +286,9 @@ def decode_attention(
     assert num_query // num_kv <= 16
     exact = qkv_TC.dtype == torch.float32
     _decode_kernel[(num_tokens, num_kv, scratch.splits)](
-        qkv_TC, position_T, variant_T, tables_TB, *rotary, keys, values, out_TC,
+        qkv_TC, position_T, table_T, tables_SB, *rotary, keys, values, out_TC,
         scratch.sums, scratch.totals, scratch.arrived,
-        tables_TB.stride(0), scratch.totals.stride(0), sliding_window or 2**30, head_dim**-0.5,
+        tables_SB.stride(0), scratch.totals.stride(0), sliding_window or 2**30, head_dim**-0.5,
         Q=num_query, KV=num_kv, D=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block,
         STEP=STEP,
@@ -291,7 +308,8 @@ def _span_kernel(
     PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin_chained(CHAINED)
-    span = tl.load(tiles + 2 * tl.program_id(1))
+    tiles += 2 * (tl.num_programs(1) - 1 - tl.program_id(1))  # the longest of a prompt are last
+    span = tl.load(tiles)
     if span < 0:
         return
     # Query heads that share keys are rows beside each other.
@@ -299,7 +317,7 @@ def _span_kernel(
     runs: tl.constexpr = (G + HEADS - 1) // HEADS
     kv = tl.program_id(0) // runs
     of_kv = tl.program_id(0) % runs * HEADS + tl.arange(0, ROWS) % HEADS
-    first_row = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    first_row = tl.load(tiles + 1)
     start, stop = tl.load(starts + span), tl.load(stops + span)
     context = tl.load(contexts + span)
     dtype = query.dtype.element_ty
@@ -353,7 +371,7 @@ def span_attention(
         query_TQD: rotated queries.
         keys: cache [blocks, B, KV, D].
         values: the same for values.
-        spans: the sequences.
+        spans: the sequences; what is not in their tiles is left alone.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
         out_TQD: in the query's dtype; may be the queries themselves, each of which is read by the
             program that writes in its place.

@@ -137,55 +137,71 @@ def _nested_down_kernel(
 
 
 @triton.jit
-def _bytes(
+def _words(
     plane, row, at,
-    R: tl.constexpr, J: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
+    R: tl.constexpr, J: tl.constexpr, WORDS: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """STEP bytes of each row from `at` on, a multiple of STEP; `plane` is R rows of J bytes.
+    """Words of each row's bytes from `at` on, a multiple of theirs; `plane` is R rows of J bytes.
 
     STRIPS: as `strips` puts it, and of gate_up for 2.
     """
-    byte = at + tl.arange(0, STEP)[None, :]
+    at = at // 4 + tl.arange(0, WORDS)[None, :]
     if STRIPS:
         half: tl.constexpr = 16
         if STRIPS == 2:
             row = row % (R // 2) // half * (2 * half) + row // (R // 2) * half + row % half
-        byte = (byte // 128 * R + row) * 128 + (byte % 128 ^ row % 2 * 64)
+        at = (at // 32 * R + row) * 32 + (at % 32 ^ row % 2 * 16)
     else:
-        byte += row * J
-    # Planes and their rows begin at multiples of 16, which the compiler cannot see.
-    byte = tl.max_contiguous(byte, (1, 16))
-    return tl.load(tl.multiple_of(plane + byte, (1, 16))).to(tl.int32)
+        at += row * (J // 4)
+    # Planes and their rows begin at multiples of 16 bytes, which the compiler cannot see.
+    places = plane.to(tl.pointer_type(tl.int32)) + tl.max_contiguous(at, (1, 4))
+    return tl.load(tl.multiple_of(places, (1, 16)))
 
 
 @triton.jit
-def _join(
+def _codes_of(
     plane4, plane2, plane1, row, at, RUN: tl.constexpr, WHICH: tl.constexpr, BITS: tl.constexpr,
-    R: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
+    R: tl.constexpr, WORDS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Codes of BITS bits of STEP columns of each row: from `at` on in the run that is WHICH of 8.
+    """Codes of BITS bits, a byte each, of columns from `at` on in the run that is WHICH of 8.
 
     A run has RUN columns, and a plane of width W has W runs of bytes: its field at a column is of
-    run WHICH % W, WHICH // W fields up.
+    run WHICH % W, WHICH // W fields up. Four columns at a time: no field reaches another's byte.
     """
-    code = tl.zeros((ROWS, STEP), tl.int32)
+    code = tl.zeros((ROWS, WORDS), tl.int32)
     if BITS & 4:
-        byte = _bytes(plane4, row, at + WHICH % 4 * RUN, R, 4 * RUN, STEP, STRIPS)
-        code = byte >> (WHICH // 4 * 4) & 15
+        word = _words(plane4, row, at + WHICH % 4 * RUN, R, 4 * RUN, WORDS, STRIPS)
+        code = (word >> (WHICH // 4 * 4)) & 0x0F0F0F0F
     if BITS & 2:
-        byte = _bytes(plane2, row, at + WHICH % 2 * RUN, R, 2 * RUN, STEP, STRIPS)
-        code = code << 2 | byte >> (WHICH // 2 * 2) & 3
+        word = _words(plane2, row, at + WHICH % 2 * RUN, R, 2 * RUN, WORDS, STRIPS)
+        code = (code << 2) | ((word >> (WHICH // 2 * 2)) & 0x03030303)
     if BITS & 1:
-        byte = _bytes(plane1, row, at, R, RUN, STEP, STRIPS)
-        code = code << 1 | byte >> WHICH & 1
+        word = _words(plane1, row, at, R, RUN, WORDS, STRIPS)
+        code = (code << 1) | ((word >> WHICH) & 0x01010101)
     return code
+
+
+@triton.jit
+def _weights(
+    levels, row_scales, first, centre, BYTE: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Weights, in float32, of the levels in a byte of each word; `first` is the first column."""
+    if GROUP % (4 * WORDS) == 0:  # one scale for all of them
+        scale = tl.load(row_scales + first // GROUP)[:, None]
+    else:
+        column = first + 4 * tl.arange(0, WORDS)[None, :] + BYTE
+        scale = tl.load(row_scales[:, None] + column // GROUP)
+    scale = scale.to(tl.float32)
+    # 2 ** 23 and the level: to subtract that is faster than to convert. Nothing here is rounded.
+    number = ((levels >> (8 * BYTE)) & 255) | 0x4B000000
+    return (number.to(tl.float32, bitcast=True) - 8388608.0) * scale - centre * scale
 
 
 @triton.jit(do_not_specialize=("first_face",))
 def _decode_kernel(
     plane4, plane2, plane1, scales, faces, counts, out, first_face,
     R: tl.constexpr, C: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STRIPS: tl.constexpr,
+    ROWS: tl.constexpr, WORDS: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
     number = first_face + tl.program_id(2)
     if tl.load(counts + number) == 0:
@@ -199,34 +215,37 @@ def _decode_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = (rows < R)[:, None]
     rows = tl.where(rows < R, rows, 0).to(tl.int64)
-    own = rows[:, None]
+    row = rows[:, None]
     plane4 += slot * (R * 4 * RUN)
     plane2 += slot * (R * 2 * RUN)
     plane1 += slot * (R * RUN)
     row_scales = scales + (slot * R + rows) * ((C + GROUP - 1) // GROUP)
     centre = (2**SHARED - 1) * 2 ** (7 - SHARED) * 0.5
     centre += step.to(tl.float32) * ((tl.full((), 1, tl.int32) << bits.to(tl.int32)) - 1) * 0.5
-    at = tl.program_id(0) * STEP
+    at = tl.program_id(0) * (4 * WORDS)
     for which in tl.static_range(8):
-        shared = _join(
-            plane4, plane2, plane1, own, at, RUN, which, SHARED, R, STEP, STRIPS, ROWS
+        shared = _codes_of(
+            plane4, plane2, plane1, row, at, RUN, which, SHARED, R, WORDS, STRIPS, ROWS
         )  # fmt: skip
-        level = shared << (7 - SHARED)
-        refined = tl.zeros((ROWS, STEP), tl.int32)
+        refined = tl.zeros((ROWS, WORDS), tl.int32)
         for width in tl.static_range(1, 5):
             if bits == width:
-                refined = _join(
-                    own4, own2, own1, own, at, RUN, which, width, R, STEP, STRIPS, ROWS
+                refined = _codes_of(
+                    own4, own2, own1, row, at, RUN, which, width, R, WORDS, STRIPS, ROWS
                 )  # fmt: skip
-        level += refined * step.to(tl.int32)
+        levels = (shared << (7 - SHARED)) + refined * step.to(tl.int32)
         first = at + which * RUN
-        column = first + tl.arange(0, STEP)[None, :]
-        if GROUP % STEP == 0:  # one scale for all of them
-            scale = tl.load(row_scales + first // GROUP)[:, None]
-        else:
-            scale = tl.load(row_scales[:, None] + column // GROUP)
-        weights = (level.to(tl.float32) - centre) * scale.to(tl.float32)
-        to = out + (tl.program_id(2).to(tl.int64) * R + own) * C + column
+        even = tl.join(
+            _weights(levels, row_scales, first, centre, 0, WORDS, GROUP),
+            _weights(levels, row_scales, first, centre, 2, WORDS, GROUP),
+        )
+        odd = tl.join(
+            _weights(levels, row_scales, first, centre, 1, WORDS, GROUP),
+            _weights(levels, row_scales, first, centre, 3, WORDS, GROUP),
+        )
+        weights = tl.join(even, odd).reshape(ROWS, 4 * WORDS)
+        column = first + tl.arange(0, 4 * WORDS)[None, :]
+        to = out + (tl.program_id(2).to(tl.int64) * R + row) * C + column
         tl.store(to, weights.to(out.dtype.element_ty), inside)
 
 
@@ -251,7 +270,7 @@ def decode_faces(part: FacePart, first: int, counts_F: Tensor, *, out_FRC: Tenso
     _decode_kernel[(run // step, triton.cdiv(num_rows, rows), num_faces)](
         *_codes(part), counts_F, out_FRC, first,
         R=num_rows, C=num_columns, SHARED=part.shared_bits, GROUP=part.group,
-        ROWS=rows, STEP=step, STRIPS=part.in_strips * (1 + part.is_gate_up), num_warps=4,
+        ROWS=rows, WORDS=step // 4, STRIPS=part.in_strips * (1 + part.is_gate_up), num_warps=4,
     )  # fmt: skip
 
 

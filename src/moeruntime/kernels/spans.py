@@ -19,8 +19,8 @@ class Spans:
     """The sequences of a step, on the device.
 
     Attributes:
-        tiles_N2: int32 (sequence, first row within it), one for every SPAN_TOKENS new tokens; a
-            sequence of -1 is none.
+        tiles_N2: int32 (sequence, first row within it), one for every SPAN_TOKENS new tokens of
+            those that have more than one; a sequence of -1 is none.
         rows_3S: int32; of each sequence the first row among the step's tokens, the row past its
             last, and its tokens in the cache, the new ones included.
         tables_SB: int32 block tables, a row a sequence.
@@ -48,11 +48,12 @@ class Spans:
 
 
 def span_tiles(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """(sequence, first row within it) of each tile of their new tokens."""
+    """(sequence, first row within it) of each tile of those that have more than one new token."""
     return [
         (idx, first)
         for idx, (start, stop, _) in enumerate(spans)
         for first in range(0, stop - start, SPAN_TOKENS)
+        if stop - start > 1
     ]
 
 

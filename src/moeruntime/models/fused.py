@@ -22,7 +22,6 @@ from moeruntime.families import DecoderConfig
 from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import (
     TokenGroup,
-    attention,
     experts,
     grouped_linear,
     nested,
@@ -36,13 +35,14 @@ from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
+from moeruntime.models.step_attention import SOME_DECODES, StepAttention, decode_scratch
 from moeruntime.models.step_buffers import StepShapes, decoded_numel
 
 __all__ = ["FusedDecoder"]
 
-FEW_PAIRS = 512
+FEW_PAIRS = 1024
 """Of a token and a choice. Plain experts of a step with no more go through the kernels of decode,
-which are cut for up to so many: it waits for bytes, not for arithmetic."""
+which were measured to be faster up to there: such a step waits for bytes, not for arithmetic."""
 
 
 class FusedDecoder:
@@ -96,6 +96,7 @@ class FusedDecoder:
         out_TH = torch.empty_like(embedded_TH)
         parts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         lists = FaceLists(1, self.max_faces, len(out_TH), config.top_k, out_TH.device)
+        attend = self._attend(batch)
 
         def add_norm(
             name: str,
@@ -117,7 +118,7 @@ class FusedDecoder:
         for layer in range(config.num_layers):
             before_layer(layer)
             add_norm(layer_role(layer, "input_norm"), *parts)
-            attended_TH = self._attention(layer, out_TH, batch)
+            attended_TH = self._attention(layer, out_TH, batch, attend)
             parts = self._experts(layer, residual_TH, attended_TH, batch, lists)
         before_layer(config.num_layers)
         add_norm("final_norm", *parts)
@@ -133,26 +134,30 @@ class FusedDecoder:
         """The output embedding of every resident slot."""
         return self.weights["embed_tokens" if self.config.tie_embeddings else "lm_head"]
 
-    def _attention(self, layer: int, x_TH: Tensor, batch: Batch) -> Tensor:
+    def _attention(self, layer: int, x_TH: Tensor, batch: Batch, attend: StepAttention) -> Tensor:
         config = self.config
         qkv_TC = grouped_linear(x_TH, self.weights[layer_role(layer, "qkv_proj")], batch.groups)
-        query_TQD = qkv_TC.new_empty(len(x_TH), config.num_heads, config.head_dim)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        attention.rotate_and_store(
-            qkv_TC,
-            batch.positions_T,
-            batch.cache_rows_T,
-            self.rotary,
-            keys,
-            values,
-            out_TQD=query_TQD,
+        attended_TC = qkv_TC.new_empty(len(x_TH), config.num_heads * config.head_dim)
+        attend(layer, qkv_TC, out_TC=attended_TC)
+        return grouped_linear(attended_TC, self.weights[layer_role(layer, "o_proj")], batch.groups)
+
+    def _attend(self, batch: Batch) -> StepAttention:
+        counts = [stop - start for start, stop, _ in batch.spans]
+        scratch = None
+        if 1 in counts:
+            device = batch.table_T.device
+            scratch = decode_scratch(self.config, len(counts), fewest=SOME_DECODES, device=device)
+        return StepAttention(
+            config=self.config,
+            cache=self.cache,
+            rotary=self.rotary,
+            position_T=batch.positions_T,
+            cache_row_T=batch.cache_rows_T,
+            table_T=batch.table_T,
+            spans=batch.spans_on_device,
+            scratch=scratch,
+            prompts=max(counts) > 1,
         )
-        spans = batch.spans_on_device
-        attention.span_attention(
-            query_TQD, keys, values, spans, config.sliding_window, out_TQD=query_TQD
-        )
-        o_proj = self.weights[layer_role(layer, "o_proj")]
-        return grouped_linear(query_TQD.flatten(1), o_proj, batch.groups)
 
     def _experts(
         self,

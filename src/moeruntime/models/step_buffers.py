@@ -135,8 +135,8 @@ class StepBuffers:
     """Inputs and intermediates of the largest step; a smaller one uses their first rows.
 
     Attributes:
-        inputs: int64 [5, T]: tokens, positions, resident slots, variants; and, in steps with
-            prompts, cache rows.
+        inputs: int64 [6, T]: tokens, positions, resident slots, variants, cache rows and tables,
+            as `Batch` has them.
         tables: int32 block tables [T, B], a row a sequence.
         spans, tiles: int32 [3, T] and [T, 2], the sequences of steps with prompts, as `Spans`
             has them.
@@ -176,7 +176,7 @@ class StepBuffers:
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(*shape, dtype=of, device=device)
 
-        self.inputs = zeros(5, rows, of=torch.int64)
+        self.inputs = zeros(6, rows, of=torch.int64)
         self.tables = zeros(rows, blocks_for(config.max_context), of=torch.int32)
         self.spans = zeros(3, rows, of=torch.int32)
         self.tiles = zeros(rows, 2, of=torch.int32)

@@ -14,7 +14,7 @@ Legend: T rows of the step, R resident slots, H hidden, I intermediate, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from moeruntime.capture import capture
 from moeruntime.families.decoder import layer_role
-from moeruntime.kernels import attention, norms
-from moeruntime.kernels.attention import DecodeScratch
+from moeruntime.kernels import norms
 from moeruntime.kernels.projections import project
 from moeruntime.kernels.shapes import tile_rows
 from moeruntime.kernels.spans import Spans, span_tiles
 from moeruntime.kernels.upload import uploader
 from moeruntime.models.batch import Span, lay_out, token_groups
 from moeruntime.models.fused import FusedDecoder, down, down_parts, expert_dtype, gate_up
+from moeruntime.models.step_attention import SOME_DECODES, StepAttention, decode_scratch
 from moeruntime.models.step_buffers import (
     StepBuffers,
     StepShapes,
@@ -41,8 +41,9 @@ from moeruntime.models.step_buffers import (
 
 __all__ = ["StepGraphs"]
 
-IDLE = (0, 0, 0, -1, -1)
-"""Inputs of a row that only fills a step up: it has no variant, and no place in the cache."""
+IDLE = (0, 0, 0, -1, -1, -1)
+"""Inputs of a row that only fills a step up: it has no variant, no place in the
+cache and no table."""
 
 
 class StepGraphs:
@@ -121,7 +122,8 @@ class StepGraphs:
         model, config, shapes = self._model, self._model.config, self._shapes(size)
         weights, buffers = model.weights, self.buffers
         pairs = size * config.top_k
-        token_T, position_T, slot_T, variant_T, cache_row_T = buffers.inputs[:, :size].unbind()
+        inputs = buffers.inputs[:, :size].unbind()
+        token_T, position_T, slot_T, variant_T, cache_row_T, table_T = inputs
         residual, normed = buffers.residual[:size], buffers.normed[:size]
         qkv, attended = buffers.qkv[:size], buffers.attended[:size]
         hidden = config.hidden_size
@@ -130,10 +132,18 @@ class StepGraphs:
             return flat[: rows * parts * hidden].view(rows, parts, hidden)
 
         o_parts = cut(buffers.o_parts, size, shapes.o.parts)
-        attend = (
-            self._span_attention(size, qkv, position_T, cache_row_T, attended)
-            if prompts
-            else self._decode_attention(size, qkv, position_T, variant_T, attended)
+        attend = StepAttention(
+            config=config,
+            cache=model.cache,
+            rotary=model.rotary,
+            position_T=position_T,
+            cache_row_T=cache_row_T,
+            table_T=table_T,
+            spans=Spans(buffers.tiles[:size], buffers.spans[:, :size], buffers.tables[:size]),
+            scratch=decode_scratch(
+                config, size, fewest=SOME_DECODES if prompts else size, device=token_T.device
+            ),
+            prompts=prompts,
         )
         buffers.lists.reset()
         residual.copy_(weights["embed_tokens"][slot_T, token_T])
@@ -149,7 +159,7 @@ class StepGraphs:
             )
             qkv_proj = weights[layer_role(layer, "qkv_proj")]
             project(normed, qkv_proj, tiles_3N, shapes.qkv, out=qkv[:, None])
-            attend(model.cache.keys[layer], model.cache.values[layer])
+            attend(layer, qkv, out_TC=attended)
             o_proj = weights[layer_role(layer, "o_proj")]
             project(attended, o_proj, tiles_3N, shapes.o, out=o_parts)
             pool, kind = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
@@ -189,51 +199,6 @@ class StepGraphs:
 
     def _shapes(self, size: int) -> StepShapes:
         return StepShapes.of(size, exact=self._exact)
-
-    def _decode_attention(
-        self, size: int, qkv: Tensor, position_T: Tensor, variant_T: Tensor, attended: Tensor
-    ) -> Callable[[Tensor, Tensor], None]:
-        """What attends over a layer's keys and values, where sequences have a token each."""
-        config = self._model.config
-        # Splits enough to fill the device, for a small batch.
-        splits = max(1, min(16, 128 // (size * config.num_kv_heads)))
-        scratch = DecodeScratch(
-            size, config.num_heads, config.num_kv_heads, config.head_dim, splits, qkv.device
-        )
-
-        def attend(keys: Tensor, values: Tensor) -> None:
-            attention.decode_attention(
-                qkv,
-                position_T,
-                variant_T,
-                self.buffers.tables[:size],
-                self._model.rotary,
-                keys,
-                values,
-                scratch,
-                config.sliding_window,
-                out_TC=attended,
-            )
-
-        return attend
-
-    def _span_attention(
-        self, size: int, qkv: Tensor, position_T: Tensor, cache_row_T: Tensor, attended: Tensor
-    ) -> Callable[[Tensor, Tensor], None]:
-        """The same where they have any number of them."""
-        config, buffers = self._model.config, self.buffers
-        query_TQD = attended.view(size, config.num_heads, config.head_dim)
-        spans = Spans(buffers.tiles[:size], buffers.spans[:, :size], buffers.tables[:size])
-
-        def attend(keys: Tensor, values: Tensor) -> None:
-            attention.rotate_and_store(
-                qkv, position_T, cache_row_T, self._model.rotary, keys, values, out_TQD=query_TQD
-            )
-            attention.span_attention(
-                query_TQD, keys, values, spans, config.sliding_window, out_TQD=query_TQD
-            )
-
-        return attend
 
     def _set(self, step: _Step, spans: Sequence[Span]) -> None:
         """Send a step's inputs; rows past the last sequence meet nothing."""

@@ -1,0 +1,97 @@
+"""Attention of a step's sequences over the cache, whatever each of them brings.
+
+A sequence's only new token has a kernel of its own, which is cut along the context; those that
+bring more share one. Where no sequence does, as in most steps, a single launch is all.
+
+Legend: T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeruntime.families import DecoderConfig
+from moeruntime.kernels import attention
+from moeruntime.kernels.attention import DecodeScratch
+from moeruntime.kernels.spans import Spans
+from moeruntime.kv_cache import KVCache
+
+__all__ = ["SOME_DECODES", "StepAttention", "decode_scratch"]
+
+SOME_DECODES = 4
+"""Beside prompts: contexts are cut as if there were so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepAttention:
+    """Where a step's tokens are; serves all layers.
+
+    Attributes:
+        config: the architecture.
+        cache: keys and values.
+        rotary: float32 cosines and sines [positions, D / 2].
+        position_T, cache_row_T, table_T: int64, as `Batch` has them.
+        spans: the sequences.
+        scratch: for those that bring one token; None where none does.
+        prompts: whether some bring more.
+    """
+
+    config: DecoderConfig
+    cache: KVCache
+    rotary: tuple[Tensor, Tensor]
+    position_T: Tensor
+    cache_row_T: Tensor
+    table_T: Tensor
+    spans: Spans
+    scratch: DecodeScratch | None
+    prompts: bool
+
+    def __call__(self, layer: int, qkv_TC: Tensor, *, out_TC: Tensor) -> None:
+        """Store a layer's keys and values, and attend.
+
+        Args:
+            layer: which.
+            qkv_TC: queries, keys and values side by side.
+            out_TC: what each query finds.
+        """
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        window = self.config.sliding_window
+        query_TQD = out_TC.view(-1, self.config.num_heads, self.config.head_dim)
+        if self.prompts:
+            attention.rotate_and_store(
+                qkv_TC,
+                self.position_T,
+                self.cache_row_T,
+                self.rotary,
+                keys,
+                values,
+                out_TQD=query_TQD,
+            )
+        if self.scratch is not None:
+            attention.decode_attention(
+                qkv_TC,
+                self.position_T,
+                self.table_T,
+                self.spans.tables_SB,
+                self.rotary,
+                keys,
+                values,
+                self.scratch,
+                window,
+                out_TC=out_TC,
+            )
+        if self.prompts:
+            attention.span_attention(query_TQD, keys, values, self.spans, window, out_TQD=query_TQD)
+
+
+def decode_scratch(
+    config: DecoderConfig, num_sequences: int, *, fewest: int, device: torch.device
+) -> DecodeScratch:
+    """For up to `num_sequences`, with splits enough to fill a device if there are `fewest`."""
+    splits = max(1, min(16, 128 // (fewest * config.num_kv_heads)))
+    return DecodeScratch(
+        num_sequences, config.num_heads, config.num_kv_heads, config.head_dim, splits, device
+    )
