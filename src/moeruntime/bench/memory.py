@@ -63,7 +63,7 @@ def measure_memory(engine: Engine) -> list[MemoryRow]:
             plan.cache_bytes,
             _storage_bytes([*model.cache.keys, *model.cache.values]),
         ),
-        MemoryRow("buffers of decode steps", plan.buffer_bytes, buffer_bytes),
+        MemoryRow("buffers of steps", plan.buffer_bytes, buffer_bytes),
         MemoryRow("copies of cold variants, on the host", plan.host_bytes, host_bytes),
     ]
     return [row for row in rows if row.predicted_bytes or row.measured_bytes]
