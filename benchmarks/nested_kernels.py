@@ -100,7 +100,7 @@ def main() -> None:
                 ):
                     if batch * K / num_faces > 16 * cut.tokens:
                         continue
-                    num_parts = 1 if cut.many else nested_fast.down_parts(down, batch * K)
+                    num_parts = 1 if cut.many else nested_fast.down_parts(down, lists, batch * K)
                     out = torch.empty(batch * K, num_parts, H, device=DEVICE)
 
                     def work() -> int:

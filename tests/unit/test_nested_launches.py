@@ -78,7 +78,7 @@ def test_a_step_has_room(
             x, out = torch.zeros(num_tokens, HIDDEN), torch.zeros(num_pairs, INNER)
             nested_fast.gate_up(x, part, lists, 0, scratch, out_MI=out, cut=cut)
         else:
-            num_parts = nested_fast.down_parts(part, num_pairs) if cut is None else 1
+            num_parts = nested_fast.down_parts(part, lists, num_pairs) if cut is None else 1
             x, out = torch.zeros(num_pairs, INNER), torch.zeros(num_pairs, num_parts, HIDDEN)
             nested_fast.down(x, part, lists, 0, scratch, out_MSH=out, cut=cut)
         (name, (blocks, _, _), arguments, _), *others = launches
@@ -108,7 +108,8 @@ def test_other_devices_have_room_for_the_kernel_of_few_tokens(
     for rows, columns, is_gate_up in ((28672, 4096, True), (4096, 14336, False)):
         small = make_part(4, 2, wide=True, is_gate_up=is_gate_up)
         part = replace(small, num_rows=rows, num_columns=columns)
-        cut = nested_fast._cut(part, num_pairs)
+        lists = FaceLists(1, len(part.faces_F6), num_pairs, 1, CPU)
+        cut = nested_fast._cut(part, lists, num_pairs)
         assert not cut.many and not cut.meet
         turns = cut.turns if is_gate_up else 1
         assert nested_fast._shared_bytes(part, cut, turns) <= LEAST_SHARED_BYTES
@@ -118,5 +119,22 @@ def test_down_comes_in_parts_where_its_programs_leave_the_last_round_half_empty(
     launches: list[Launch],
 ) -> None:
     part = make_part(4, 1, wide=False, is_gate_up=False)  # 32 programs a pair, 528 at once
-    parts = {pairs: nested_fast.down_parts(part, pairs) for pairs in (2, 8, 10, 16, 32, 64)}
+    lists = FaceLists(1, len(part.faces_F6), 64, 1, CPU)
+    parts = {pairs: nested_fast.down_parts(part, lists, pairs) for pairs in (2, 8, 10, 16, 32, 64)}
     assert parts == {2: 2, 8: 2, 10: 1, 16: 1, 32: 2, 64: 1}, "64 have the kernel of many tokens"
+
+
+@pytest.mark.parametrize("num_pairs", [60, 200, 1600])
+def test_a_step_of_one_variant_is_cut_as_in_a_pack_of_one(
+    monkeypatch: pytest.MonkeyPatch, num_pairs: int
+) -> None:
+    monkeypatch.setattr(nested_fast, "_device", lambda device: (132, True))
+
+    def cut(num_variants: int, most_wanted: int | None) -> Cut:
+        part = make_part(num_variants, 1, wide=False, is_gate_up=True)
+        num_faces = len(part.faces_F6)
+        lists = FaceLists(1, num_faces, num_pairs, 1, CPU, most_wanted=most_wanted)
+        return nested_fast._cut(part, lists, num_pairs)
+
+    assert cut(4, SLOTS) == cut(1, None)
+    assert cut(4, 4 * SLOTS) == cut(4, None) != cut(4, SLOTS)

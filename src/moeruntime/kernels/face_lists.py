@@ -18,12 +18,21 @@ class FaceLists:
         counts_LF: int32; pairs of each face; F is rounded up to a power of 2.
         pairs_LFC: int32; the pairs, token * K + choice, in no particular order.
         weights_TK: float32 routing weights of the layer routed last.
+        most_wanted: faces of a layer that a step can want, as far as is known beforehand.
     """
 
     def __init__(
-        self, num_layers: int, num_faces: int, max_tokens: int, top_k: int, device: torch.device
+        self,
+        num_layers: int,
+        num_faces: int,
+        max_tokens: int,
+        top_k: int,
+        device: torch.device,
+        *,
+        most_wanted: int | None = None,
     ) -> None:
         """Allocate; `reset` empties the lists before every step."""
+        self.most_wanted = num_faces if most_wanted is None else min(most_wanted, num_faces)
         # Rows begin at 16 bytes, so that kernels are compiled for one alignment.
         width = max(4, 1 << (num_faces - 1).bit_length())
         num_pairs = -(-max_tokens * top_k // 4) * 4

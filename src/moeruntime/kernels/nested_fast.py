@@ -53,13 +53,13 @@ TOKEN_SLOTS = 2
 """Of the ring that a program of `nested_meetings.cu` copies tokens into."""
 
 
-def down_parts(part: FacePart, num_pairs: int) -> int:
+def down_parts(part: FacePart, lists: FaceLists, num_pairs: int) -> int:
     """In how many parts `down` is fastest: two, unless all of its programs just run at once."""
     num_programs = num_pairs * part.num_rows // ROWS
     places = PROGRAMS_AT_ONCE * _device(part.scale_SRG.device)[0]
     at_once = places // 2 < num_programs <= places
     can_part = part.num_columns // (8 * GROUP) % 2 == 0
-    return 2 if can_part and not at_once and not _cut(part, num_pairs).many else 1
+    return 2 if can_part and not at_once and not _cut(part, lists, num_pairs).many else 1
 
 
 def most_pairs(device: torch.device) -> int:
@@ -80,7 +80,7 @@ def gate_up(
     """silu(gate_proj x) * (up_proj x) of every pair, as `experts.gate_up`."""
     assert part.is_gate_up
     num_pairs = x_TH.shape[0] * lists.weights_TK.shape[1]
-    cut = _fitting(part, cut or _cut(part, num_pairs))
+    cut = _fitting(part, cut or _cut(part, lists, num_pairs))
     _Product(x_TH, part, lists, layer, scratch, num_pairs, out_MI, 1, cut).launch()
 
 
@@ -97,7 +97,7 @@ def down(
     """down_proj of every pair, times its routing weight, in parts, as `experts.down`."""
     assert not part.is_gate_up
     num_pairs, num_parts = out_MSH.shape[:2]
-    cut = _fitting(part, cut or _cut(part, num_pairs))
+    cut = _fitting(part, cut or _cut(part, lists, num_pairs))
     if num_parts > 1:
         assert not cut.many and part.num_columns // (8 * GROUP) % num_parts == 0
     _Product(x_MI, part, lists, layer, scratch, num_pairs, out_MSH, num_parts, cut).launch()
@@ -232,9 +232,9 @@ class _Product:
         )  # fmt: skip
 
 
-def _cut(part: FacePart, num_pairs: int) -> Cut:
+def _cut(part: FacePart, lists: FaceLists, num_pairs: int) -> Cut:
     """What is fastest for so many pairs."""
-    num_faces = len(part.faces_F6)
+    num_faces = min(len(part.faces_F6), lists.most_wanted)
     faces_a_slot = num_faces / len(part.planes[4]) if part.may_meet else 1.0
     hopper = _device(part.scale_SRG.device)[1]
     return Cut.of(num_pairs, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)

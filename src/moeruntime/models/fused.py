@@ -95,7 +95,14 @@ class FusedDecoder:
         residual_TH = embedded_TH.float()
         out_TH = torch.empty_like(embedded_TH)
         parts: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-        lists = FaceLists(1, self.max_faces, len(out_TH), config.top_k, out_TH.device)
+        lists = FaceLists(
+            1,
+            self.max_faces,
+            len(out_TH),
+            config.top_k,
+            out_TH.device,
+            most_wanted=config.num_experts * len(batch.groups),
+        )
         attend = self._attend(batch)
 
         def add_norm(
@@ -195,7 +202,7 @@ class FusedDecoder:
         if isinstance(pool, CodedPool) and pool.fast:
             scratch = ByteRows(lists, num_tokens, hidden, self.config.intermediate_size)
         inner_MI = x_TH.new_empty(num_pairs, self.config.intermediate_size)
-        num_parts = down_parts(pool, shapes.down, num_pairs)
+        num_parts = down_parts(pool, shapes.down, lists, num_pairs)
         out_MSH = torch.empty(num_pairs, num_parts, hidden, dtype=torch.float32, device=x_TH.device)
         gate_up(pool, x_TH, lists, 0, shapes.gate_up, scratch, inner_MI)
         down(pool, inner_MI, lists, 0, shapes.down, scratch, out_MSH)
@@ -246,11 +253,11 @@ def gate_up(
         nested.gate_up(x_TH, pool.gate_up, lists, layer, shape, out_MI=out_MI)
 
 
-def down_parts(pool: KernelPool, shape: Shape, num_pairs: int) -> int:
+def down_parts(pool: KernelPool, shape: Shape, lists: FaceLists, num_pairs: int) -> int:
     """In how many parts `down` of so many pairs leaves its sums."""
     if isinstance(pool, DensePool):
         return shape.parts
-    return nested_fast.down_parts(pool.down, num_pairs) if pool.fast else 1
+    return nested_fast.down_parts(pool.down, lists, num_pairs) if pool.fast else 1
 
 
 def down(

@@ -178,7 +178,7 @@ class StepGraphs:
                 out_TH=routed,
             )
             gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, buffers.byte_rows, inner)
-            num_parts = down_parts(pool, shapes.down, pairs)
+            num_parts = down_parts(pool, shapes.down, buffers.lists, pairs)
             found = cut(buffers.down_parts, pairs, num_parts)
             down(pool, inner, buffers.lists, layer, shapes.down, buffers.byte_rows, found)
             parts = found.view(size, config.top_k * num_parts, hidden)
