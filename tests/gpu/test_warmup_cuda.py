@@ -23,14 +23,15 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("code", ["bf16", "4+2"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("dtype", "resident"), [("bfloat16", 3), ("bfloat16", 2), ("float32", 3)])
 def test_nothing_is_compiled_or_captured_once_warm(
-    monkeypatch: pytest.MonkeyPatch, code: str, dtype: str
+    monkeypatch: pytest.MonkeyPatch, code: str, dtype: str, resident: int
 ) -> None:
+    """Where a variant is not resident, its prompts begin without a graph."""
     import triton
 
     source = SyntheticSource("mixtral-mini", num_variants=3, code=code)
-    with Engine(source, device="cuda", dtype=dtype, max_sequences=24) as engine:
+    with Engine(source, device="cuda", dtype=dtype, max_sequences=24, resident=resident) as engine:
         warm_up(engine)
         assert engine.graphs is not None
         assert engine.scheduler.idle
@@ -55,6 +56,7 @@ def test_nothing_is_compiled_or_captured_once_warm(
                 temperature=rng.choice([0.0, 0.8]),
                 seed=number,
                 logprobs=rng.choice([None, 2]),
+                prompt_logprobs=rng.choice([None, None, 1]),
                 ignore_eos=True,
             )
             engine.submit(Request(f"v{rng.randrange(3)}", prompt, params))

@@ -42,8 +42,7 @@ from moeruntime.models.step_buffers import (
 __all__ = ["StepGraphs"]
 
 IDLE = (0, 0, 0, -1, -1, -1)
-"""Inputs of a row that only fills a step up: it has no variant, no place in the
-cache and no table."""
+"""Inputs of a row that only fills a step up: it has no variant, no place in the cache, no table."""
 
 
 class StepGraphs:
