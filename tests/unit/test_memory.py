@@ -216,9 +216,9 @@ def test_a_gpu_needs_buffers_for_its_steps_and_no_decoded_experts(
     config = plain.manifest.config
     parts = (config, 9, 8, torch.bfloat16, frozenset({torch.bfloat16}))
     buffers = StepBuffers(*parts, torch.device("cpu"))
-    lists = vars(buffers.lists).values()
-    tensors = [*lists, *buffers.routed.values(), *buffers.inner.values()]
-    tensors += [value for value in vars(buffers).values() if isinstance(value, torch.Tensor)]
+    values = [*vars(buffers).values(), *vars(buffers.lists).values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    tensors += [*buffers.routed.values(), *buffers.inner.values()]
     assert buffers.inputs.shape == (6, 16)
     assert storage_bytes(tensors) == buffers.num_bytes
     rotary = half_rotary_tables(config, torch.device("cpu"))
