@@ -32,5 +32,5 @@ def warm_up(engine: Engine) -> None:
     # twice as many as its fewest, so doubling meets them all.
     lengths = {few << k for k in range((most // few).bit_length())} | {most, most + 1}
     for length in sorted({min(length, room) for length in lengths}):
-        for some in {names, names[:1]}:  # and how many variants it has
+        for some in dict.fromkeys((names, names[:1])):  # and how many variants it has
             engine.generate([Request(name, [0] * length, sampled) for name in some])
