@@ -5,6 +5,7 @@ from __future__ import annotations
 from moeruntime.engine import Engine
 from moeruntime.kernels.nested_fast import most_pairs
 from moeruntime.kv_cache import BLOCK_TOKENS
+from moeruntime.models.step_buffers import FEW_PAIRS
 from moeruntime.request import Request, SamplingParams
 
 __all__ = ["warm_up"]
@@ -23,14 +24,15 @@ def warm_up(engine: Engine) -> None:
         return
     engine.graphs.capture_all()
     config = engine.source.manifest.config
-    # Whose prompts are asked for as well: only then a step of few tokens is run without a graph.
+    # Whose prompts are asked for as well, so that steps of few tokens are run without a graph, too.
     sampled = SamplingParams(max_tokens=2, temperature=1.0, seed=0, logprobs=1, prompt_logprobs=1)
     few = 2
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
-    most = most_pairs(engine.device) // config.top_k  # and for one more codes are decoded
-    # How many tokens a step has decides which kernels serve its experts; none is for less than
-    # twice as many as its fewest, so doubling meets them all.
-    lengths = {few << k for k in range((most // few).bit_length())} | {most, most + 1}
-    for length in sorted({min(length, room) for length in lengths}):
-        for some in dict.fromkeys((names, names[:1])):  # and how many variants it has
+    # How many tokens a step has decides which kernels serve its experts, and how many variants.
+    # None is for less than 1.5 times as many tokens as its fewest, so these meet them all.
+    limits = [pairs // config.top_k for pairs in (most_pairs(engine.device), FEW_PAIRS)]
+    lengths = {first << k for first in (few, few + 1) for k in range(max(limits).bit_length())}
+    lengths |= {limit + more for limit in limits for more in (0, 1)}
+    for length in sorted({min(length, room) for length in lengths if length <= max(limits) + 1}):
+        for some in dict.fromkeys((names, names[:3], names[:1])):
             engine.generate([Request(name, [0] * length, sampled) for name in some])

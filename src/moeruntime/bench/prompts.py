@@ -118,7 +118,7 @@ def prefill(engine: Engine, num_tokens: int) -> Callable[[], object]:
 
 
 def measure_prefill(engine: Engine, ceilings: Ceilings, num_tokens: int) -> PrefillRow:
-    """Time a prompt whose tokens are on the device already."""
+    """Time a prompt as the engine runs it."""
     work = prefill(engine, num_tokens)
     time_s = median_s(work, engine.device, repeats=7, warm_up=2)
     flops = prompt_flops(decoder_config(engine.source), num_tokens)

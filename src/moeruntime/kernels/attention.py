@@ -1,9 +1,8 @@
 """Triton kernels for attention over a paged key-value cache.
 
-`decode_attention` takes one new token a sequence, cut into splits along the context so that a small
-batch fills the device; the split that finishes last puts the others' results together in a fixed
-order. `span_attention` takes any number of new tokens a sequence (flash attention, Dao 2023): what
-prefill and mixed steps use.
+`decode_attention` takes sequences with one new token, cut into splits along the context so that a
+small batch fills the device; the split that finishes last puts the others' results together in a
+fixed order. `span_attention` takes those with more (flash attention, Dao 2023).
 
 Legend: T tokens, Q query heads, KV key-value heads, D head dimension, B tokens of a cache block,
 S splits, G query heads of a key-value head.

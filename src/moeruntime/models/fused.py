@@ -31,18 +31,20 @@ from moeruntime.kernels import (
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
+from moeruntime.kernels.spans import to_device
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
 from moeruntime.models.layers import half_rotary_tables
-from moeruntime.models.step_attention import SOME_DECODES, StepAttention, decode_scratch
-from moeruntime.models.step_buffers import StepShapes, decoded_numel
+from moeruntime.models.step_attention import (
+    SOME_DECODES,
+    LoneTokens,
+    StepAttention,
+    decode_scratch,
+)
+from moeruntime.models.step_buffers import FEW_PAIRS, StepShapes, decoded_numel
 
 __all__ = ["FusedDecoder"]
-
-FEW_PAIRS = 1024
-"""Of a token and a choice. Plain experts of a step with no more go through the kernels of decode,
-which were measured to be faster up to there: such a step waits for bytes, not for arithmetic."""
 
 
 class FusedDecoder:
@@ -150,19 +152,25 @@ class FusedDecoder:
 
     def _attend(self, batch: Batch) -> StepAttention:
         counts = [stop - start for start, stop, _ in batch.spans]
-        scratch = None
-        if 1 in counts:
+        rows = [start for start, stop, _ in batch.spans if stop - start == 1]
+        lone = None
+        if rows:
             device = batch.table_T.device
-            scratch = decode_scratch(self.config, len(counts), fewest=SOME_DECODES, device=device)
+            rows_N = to_device(torch.tensor(rows), device)
+            lone = LoneTokens(
+                rows_N,
+                batch.positions_T[rows_N],
+                batch.table_T[rows_N],
+                decode_scratch(self.config, len(counts), fewest=SOME_DECODES, device=device),
+            )
         return StepAttention(
             config=self.config,
             cache=self.cache,
             rotary=self.rotary,
             position_T=batch.positions_T,
             cache_row_T=batch.cache_rows_T,
-            table_T=batch.table_T,
             spans=batch.spans_on_device,
-            scratch=scratch,
+            lone=lone,
             prompts=max(counts) > 1,
         )
 

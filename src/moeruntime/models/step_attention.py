@@ -3,7 +3,7 @@
 A sequence's only new token has a kernel of its own, which is cut along the context; those that
 bring more share one. Where no sequence does, as in most steps, a single launch is all.
 
-Legend: T tokens, C channels.
+Legend: T tokens, N of them that are alone, C channels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,27 @@ from moeruntime.kernels.attention import DecodeScratch
 from moeruntime.kernels.spans import Spans
 from moeruntime.kv_cache import KVCache
 
-__all__ = ["SOME_DECODES", "StepAttention", "decode_scratch"]
+__all__ = ["SOME_DECODES", "LoneTokens", "StepAttention", "decode_scratch"]
 
 SOME_DECODES = 4
 """Beside prompts: contexts are cut as if there were so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoneTokens:
+    """Those that are their sequence's only one in a step.
+
+    Attributes:
+        rows_N: int64; which rows of the step they are. None in a graph, where that differs from
+            step to step: then N is T, and `table_N` says which to leave alone.
+        position_N, table_N: int64, as `Batch` has them.
+        scratch: for their splits.
+    """
+
+    rows_N: Tensor | None
+    position_N: Tensor
+    table_N: Tensor
+    scratch: DecodeScratch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +50,10 @@ class StepAttention:
         config: the architecture.
         cache: keys and values.
         rotary: float32 cosines and sines [positions, D / 2].
-        position_T, cache_row_T, table_T: int64, as `Batch` has them.
+        position_T, cache_row_T: int64, as `Batch` has them.
         spans: the sequences.
-        scratch: for those that bring one token; None where none does.
-        prompts: whether some bring more.
+        lone: those that bring one token; None where it is known that none does.
+        prompts: whether some may bring more.
     """
 
     config: DecoderConfig
@@ -44,9 +61,8 @@ class StepAttention:
     rotary: tuple[Tensor, Tensor]
     position_T: Tensor
     cache_row_T: Tensor
-    table_T: Tensor
     spans: Spans
-    scratch: DecodeScratch | None
+    lone: LoneTokens | None
     prompts: bool
 
     def __call__(self, layer: int, qkv_TC: Tensor, *, out_TC: Tensor) -> None:
@@ -70,19 +86,23 @@ class StepAttention:
                 values,
                 out_TQD=query_TQD,
             )
-        if self.scratch is not None:
+        if self.lone is not None:
+            lone, rows_N = self.lone, self.lone.rows_N
+            found_NC = out_TC if rows_N is None else out_TC.new_empty(len(rows_N), out_TC.shape[1])
             attention.decode_attention(
-                qkv_TC,
-                self.position_T,
-                self.table_T,
+                qkv_TC if rows_N is None else qkv_TC[rows_N],
+                lone.position_N,
+                lone.table_N,
                 self.spans.tables_SB,
                 self.rotary,
                 keys,
                 values,
-                self.scratch,
+                lone.scratch,
                 window,
-                out_TC=out_TC,
+                out_TC=found_NC,
             )
+            if rows_N is not None:
+                out_TC.index_copy_(0, rows_N, found_NC)
         if self.prompts:
             attention.span_attention(query_TQD, keys, values, self.spans, window, out_TQD=query_TQD)
 

@@ -21,6 +21,7 @@ from moeruntime.kv_cache import blocks_for
 
 __all__ = [
     "BATCH_SIZES",
+    "FEW_PAIRS",
     "StepBuffers",
     "StepShapes",
     "batch_sizes",
@@ -34,6 +35,10 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 PROMPT_SIZES = (8, 16, 32, 64, 96, 128, 192, 256)
 """Others, if they have no more tokens, to the next of these."""
+
+FEW_PAIRS = 1024
+"""Of a token and a choice. Plain experts of a step with no more go through the kernels of decode,
+which were measured to be faster up to there: such a step waits for bytes, not for arithmetic."""
 
 DECODED_BYTES = 2**30
 """Where a step of many tokens meets nested codes, so many bytes of weights are decoded at once."""

@@ -30,7 +30,12 @@ from moeruntime.kernels.spans import Spans, span_tiles
 from moeruntime.kernels.upload import uploader
 from moeruntime.models.batch import Span, lay_out, token_groups
 from moeruntime.models.fused import FusedDecoder, down, down_parts, expert_dtype, gate_up
-from moeruntime.models.step_attention import SOME_DECODES, StepAttention, decode_scratch
+from moeruntime.models.step_attention import (
+    SOME_DECODES,
+    LoneTokens,
+    StepAttention,
+    decode_scratch,
+)
 from moeruntime.models.step_buffers import (
     StepBuffers,
     StepShapes,
@@ -137,10 +142,14 @@ class StepGraphs:
             rotary=model.rotary,
             position_T=position_T,
             cache_row_T=cache_row_T,
-            table_T=table_T,
             spans=Spans(buffers.tiles[:size], buffers.spans[:, :size], buffers.tables[:size]),
-            scratch=decode_scratch(
-                config, size, fewest=SOME_DECODES if prompts else size, device=token_T.device
+            lone=LoneTokens(
+                None,
+                position_T,
+                table_T,
+                decode_scratch(
+                    config, size, fewest=SOME_DECODES if prompts else size, device=token_T.device
+                ),
             ),
             prompts=prompts,
         )
