@@ -10,6 +10,7 @@ from transformers.models.mixtral import modeling_mixtral as reference
 from helpers import TINY_CONFIG
 from moeruntime.errors import CheckpointError
 from moeruntime.families import FAMILIES
+from moeruntime.kernels.spans import tables_of_lone
 from moeruntime.models import Batch, parameter_roles
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.layers import apply_rotary, rms_norm, rotary_tables
@@ -106,7 +107,7 @@ def test_a_batch_lays_sequences_side_by_side() -> None:
     assert batch.variant_T.tolist() == [5, 5, 5, 6, 6]
     # Position 15 is the last row of block 7, position 16 the first of block 2.
     assert batch.cache_rows_T.tolist() == [7 * 16 + 15, 2 * 16, 4 * 16, 9 * 16 + 2, 9 * 16 + 3]
-    assert batch.table_T.tolist() == [-1, -1, 1, -1, -1]
+    assert tables_of_lone(batch.spans) == [-1, -1, 1, -1, -1]
     assert batch.groups == ((1, 0, 3), (0, 3, 5))
     assert batch.spans == ((0, 2, 17), (2, 3, 1), (3, 5, 4))
 

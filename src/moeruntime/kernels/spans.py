@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SPAN_TOKENS", "Spans", "span_tiles", "to_device"]
+__all__ = ["SPAN_TOKENS", "Spans", "padded", "span_tiles", "tables_of_lone", "to_device"]
 
 SPAN_TOKENS = 32
 """New tokens of one sequence that a program of `span_attention` takes."""
@@ -40,8 +40,7 @@ class Spans:
         """Lay out (start, stop, context) and the blocks of each sequence; one transfer."""
         tiles = [number for tile in span_tiles(spans) for number in tile]
         columns = [number for column in zip(*spans, strict=True) for number in column]
-        width = max(len(table) for table in block_tables)
-        blocks = [n for table in block_tables for n in (*table, *[0] * (width - len(table)))]
+        blocks = [block for table in padded(block_tables) for block in table]
         packed = torch.tensor([*tiles, *columns, *blocks], dtype=torch.int32)
         parts = to_device(packed, device).split([len(tiles), len(columns), len(blocks)])
         return cls(parts[0].view(-1, 2), parts[1].view(3, -1), parts[2].view(len(spans), -1))
@@ -55,6 +54,21 @@ def span_tiles(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
         for first in range(0, stop - start, SPAN_TOKENS)
         if stop - start > 1
     ]
+
+
+def tables_of_lone(spans: Sequence[tuple[int, int, int]]) -> list[int]:
+    """For each token the sequence whose only new one it is, -1 where it is not alone."""
+    return [
+        idx if stop - start == 1 else -1
+        for idx, (start, stop, _) in enumerate(spans)
+        for _ in range(start, stop)
+    ]
+
+
+def padded(block_tables: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Block tables as long as the longest."""
+    width = max(len(table) for table in block_tables)
+    return [[*table, *[0] * (width - len(table))] for table in block_tables]
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

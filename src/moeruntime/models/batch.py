@@ -49,7 +49,6 @@ class Batch:
         token_ids_T, positions_T: int64.
         slot_T, variant_T: int64; resident slot and expert-map row of each token.
         cache_rows_T: int64; where each token's key and value go, block * BLOCK_TOKENS + row.
-        table_T: int64; the sequence of each token that is its only one in this step, -1 of others.
         groups: the rows of each resident slot.
         spans: (start, stop, context) a sequence, in the order of the batch.
         spans_on_device: the same with the cache blocks of each sequence.
@@ -63,7 +62,6 @@ class Batch:
     slot_T: Tensor
     variant_T: Tensor
     cache_rows_T: Tensor
-    table_T: Tensor
     groups: tuple[TokenGroup, ...]
     spans: tuple[tuple[int, int, int], ...]
     spans_on_device: Spans
@@ -77,7 +75,7 @@ class Batch:
         columns, spans = lay_out(sequences)
         # One transfer for all the per-token integers.
         packed = to_device(torch.tensor(columns), device)
-        token_ids_T, positions_T, slot_T, variant_T, cache_rows_T, table_T = packed.unbind()
+        token_ids_T, positions_T, slot_T, variant_T, cache_rows_T = packed.unbind()
         source_spans: tuple[tuple[int, int, int], ...] = ()
         sources_on_device = None
         if any(one.num_source for one in sequences):
@@ -93,7 +91,6 @@ class Batch:
             slot_T=slot_T,
             variant_T=variant_T,
             cache_rows_T=cache_rows_T,
-            table_T=table_T,
             groups=token_groups(columns[2]),
             spans=tuple(spans),
             spans_on_device=Spans.build(spans, [s.block_table for s in sequences], device),
@@ -125,17 +122,16 @@ def lay_out(sequences: Sequence[Span]) -> tuple[list[list[int]], list[tuple[int,
     """Put the tokens of sequences side by side.
 
     Returns:
-        Tokens, positions, resident slots, variants, cache rows and tables, as `Batch` has them;
-        and (start, stop, context) of each sequence.
+        Tokens, positions, resident slots, variants and cache rows, as `Batch` has them; and
+        (start, stop, context) of each sequence.
     """
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     variants: list[int] = []
     rows: list[int] = []
-    tables: list[int] = []
     spans: list[tuple[int, int, int]] = []
-    for idx, sequence in enumerate(sequences):
+    for sequence in sequences:
         count = len(sequence.token_ids)
         where = range(sequence.start, sequence.start + count)
         spans.append((len(tokens), len(tokens) + count, sequence.start + count))
@@ -147,8 +143,7 @@ def lay_out(sequences: Sequence[Span]) -> tuple[list[list[int]], list[tuple[int,
             sequence.block_table[pos // BLOCK_TOKENS] * BLOCK_TOKENS + pos % BLOCK_TOKENS
             for pos in where
         ]
-        tables += [idx] if count == 1 else [-1] * count
-    return [tokens, positions, slots, variants, rows, tables], spans
+    return [tokens, positions, slots, variants, rows], spans
 
 
 def token_groups(slots: Iterable[int]) -> tuple[TokenGroup, ...]:

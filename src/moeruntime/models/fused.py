@@ -151,18 +151,18 @@ class FusedDecoder:
         return grouped_linear(attended_TC, self.weights[layer_role(layer, "o_proj")], batch.groups)
 
     def _attend(self, batch: Batch) -> StepAttention:
-        counts = [stop - start for start, stop, _ in batch.spans]
-        rows = [start for start, stop, _ in batch.spans if stop - start == 1]
+        spans, device = batch.spans, self.faces_VLE.device
+        alone = [
+            (start, context - 1, idx)
+            for idx, (start, stop, context) in enumerate(spans)
+            if stop - start == 1
+        ]
         lone = None
-        if rows:
-            device = batch.table_T.device
-            rows_N = to_device(torch.tensor(rows), device)
-            lone = LoneTokens(
-                rows_N,
-                batch.positions_T[rows_N],
-                batch.table_T[rows_N],
-                decode_scratch(self.config, len(counts), fewest=SOME_DECODES, device=device),
-            )
+        if alone:
+            columns = to_device(torch.tensor(alone).T.contiguous(), device)
+            rows_N, position_N, table_N = columns.unbind()
+            scratch = decode_scratch(self.config, len(spans), fewest=SOME_DECODES, device=device)
+            lone = LoneTokens(rows_N, position_N, table_N, scratch)
         return StepAttention(
             config=self.config,
             cache=self.cache,
@@ -171,7 +171,7 @@ class FusedDecoder:
             cache_row_T=batch.cache_rows_T,
             spans=batch.spans_on_device,
             lone=lone,
-            prompts=max(counts) > 1,
+            prompts=len(alone) < len(spans),
         )
 
     def _experts(

@@ -32,7 +32,7 @@ class LoneTokens:
     Attributes:
         rows_N: int64; which rows of the step they are. None in a graph, where that differs from
             step to step: then N is T, and `table_N` says which to leave alone.
-        position_N, table_N: int64, as `Batch` has them.
+        position_N, table_N: int64; positions, and which of the block tables is theirs.
         scratch: for their splits.
     """
 

@@ -140,8 +140,8 @@ class StepBuffers:
     """Inputs and intermediates of the largest step; a smaller one uses their first rows.
 
     Attributes:
-        inputs: int64 [6, T]: tokens, positions, resident slots, variants, cache rows and tables,
-            as `Batch` has them.
+        inputs: int64 [6, T]: tokens, positions, resident slots, variants and cache rows, as
+            `Batch` has them; and `tables_of_lone`.
         tables: int32 block tables [T, B], a row a sequence.
         spans, tiles: int32 [3, T] and [T, 2], the sequences of steps with prompts, as `Spans`
             has them.

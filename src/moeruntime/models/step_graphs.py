@@ -26,7 +26,7 @@ from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import norms
 from moeruntime.kernels.projections import project
 from moeruntime.kernels.shapes import tile_rows
-from moeruntime.kernels.spans import Spans, span_tiles
+from moeruntime.kernels.spans import Spans, padded, span_tiles, tables_of_lone
 from moeruntime.kernels.upload import uploader
 from moeruntime.models.batch import Span, lay_out, token_groups
 from moeruntime.models.fused import FusedDecoder, down, down_parts, expert_dtype, gate_up
@@ -212,6 +212,7 @@ class StepGraphs:
         """Send a step's inputs; rows past the last sequence meet nothing."""
         buffers, size = self.buffers, step.size
         columns, where = lay_out(spans)
+        columns.append(tables_of_lone(where))
         idle = size - len(columns[0])
         inputs = torch.tensor(
             [column + [nothing] * idle for column, nothing in zip(columns, IDLE, strict=True)]
@@ -220,15 +221,11 @@ class StepGraphs:
             tile_rows(token_groups(columns[2]), self.tile_tokens(size), step.tiles.shape[1]),
             dtype=torch.int32,
         )
-        width = max(len(span.block_table) for span in spans)
-        tables = torch.tensor(
-            [[*span.block_table, *[0] * (width - len(span.block_table))] for span in spans],
-            dtype=torch.int32,
-        )
+        tables = torch.tensor(padded([span.block_table for span in spans]), dtype=torch.int32)
         upload = uploader(buffers.inputs.device)
         upload.send(inputs, buffers.inputs[:, :size])
         upload.send(tiles, step.tiles)
-        upload.send(tables, buffers.tables[: len(spans), :width])
+        upload.send(tables, buffers.tables[: len(spans), : tables.shape[1]])
         if step.prompts:
             of_spans = span_tiles(where)
             of_spans += [(-1, 0)] * (size - len(of_spans))
