@@ -2,8 +2,8 @@
 
 Programs run one after the other, in an order that is drawn anew for each launch, and whatever they
 read or write has to lie in a tensor that they were given. A kernel that is launched before the one
-in front of it has ended has to wait for it first. `install` puts this in place, and what stands in
-for CUDA.
+in front of it has ended has to wait for it before it writes, or reads what that one wrote. `install`
+puts this in place, and what stands in for CUDA.
 
 What it can't show: speed, what compilers for devices make of a kernel, and programs that really run
 at once.
@@ -31,6 +31,8 @@ __all__ = ["Launches", "choose_interpreter", "install", "is_chosen"]
 
 VARIABLE = "TRITON_INTERPRET"
 
+NOWHERE: NDArray[np.uint64] = np.empty(0, np.uint64)
+
 
 def choose_interpreter() -> None:
     """Where there is no CUDA device. Triton looks once, when it is imported."""
@@ -49,12 +51,14 @@ class Launches:
     def __init__(self) -> None:
         self._numbers = random.Random(0)
         self._allowed: list[Tensor] = []
-        self._starts: NDArray[np.uint64] = np.empty(0, np.uint64)
+        self._starts = NOWHERE
         self._stops = self._starts
         self._order: list[tuple[int, int, int]] = []
         self._next = 0
         self._has_to_wait = False
         self._waited = True
+        self._written: list[NDArray[np.uint64]] = []  # by this kernel
+        self._not_yet = NOWHERE  # what the one before it wrote
 
     def allow(self, tensors: Iterable[Tensor]) -> None:
         """Let kernels touch these, whose addresses they find in other tensors."""
@@ -74,6 +78,8 @@ class Launches:
         bounds = np.array(merged, dtype=np.uint64).reshape(-1, 2)
         self._starts, self._stops = bounds[:, 0].copy(), bounds[:, 1].copy()
         self._has_to_wait, self._waited = chained, True
+        self._not_yet = np.unique(np.concatenate([NOWHERE, *self._written]))
+        self._written = []
         with np.errstate(all="ignore"):  # a GPU says nothing of what a mask then leaves out
             yield
         assert self._waited, "a program has not waited"
@@ -96,13 +102,19 @@ class Launches:
         """What `gdc_wait` does on a device."""
         self._waited = True
 
-    def touch(self, pointers: NDArray[np.uint64], mask: NDArray[np.bool_], num_bytes: int) -> None:
-        """Refuse addresses that are nobody's."""
-        assert self._waited, "memory is touched before what came before is complete"
+    def touch(
+        self, pointers: NDArray[np.uint64], mask: NDArray[np.bool_], num_bytes: int, *, writes: bool
+    ) -> None:
+        """Refuse addresses that are nobody's, or not to be touched yet."""
+        assert self._waited or not writes, "memory is written before what came before is complete"
         pointers, mask = np.broadcast_arrays(pointers, mask)
         wanted = pointers[mask.astype(bool)]
         if not len(wanted):
             return
+        if writes:
+            self._written.append(wanted)
+        early = not self._waited and np.isin(wanted, self._not_yet).any()
+        assert not early, "memory is read before what came before is complete"
         assert len(self._starts), "there is nothing to be touched"
         run = np.searchsorted(self._starts, wanted, side="right").astype(np.int64) - 1
         inside = (run >= 0) & (wanted + np.uint64(num_bytes) <= self._stops[run])
@@ -140,20 +152,20 @@ def _watch(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     set_size, set_program = builder.set_grid_dim, builder.set_grid_idx
     run: Callable[..., None] = GridExecutor.__call__
 
-    def touch(pointers: Any, mask: Any) -> None:
+    def touch(pointers: Any, mask: Any, *, writes: bool) -> None:
         num_bytes = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        launches.touch(pointers.data, mask.data, num_bytes)
+        launches.touch(pointers.data, mask.data, num_bytes, writes=writes)
 
     def watched_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
-        touch(pointers, mask)
+        touch(pointers, mask, writes=False)
         return load(self, pointers, mask, *others)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
-        touch(pointers, mask)
+        touch(pointers, mask, writes=True)
         return store(self, pointers, value, mask, *others)
 
     def watched_atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *o: Any) -> Any:
-        touch(pointers, mask)
+        touch(pointers, mask, writes=True)
         return atomic(self, op, pointers, value, mask, *o)
 
     def in_some_order(self: Any, *size: int) -> None:

@@ -91,22 +91,31 @@ def test_queries_and_keys_are_rotated_and_the_cache_filled(
 
 
 @pytest.mark.parametrize(
-    ("heads", "window", "splits", "dtype"),
+    ("heads", "window", "splits", "early", "dtype"),
     [
-        (PAIRS, None, 1, EXACT),
-        (PAIRS, None, 3, EXACT),
-        (PAIRS, 1, 3, EXACT),
-        (PAIRS, 40, 1, EXACT),
-        (PAIRS, 150, 3, EXACT),
-        (ODD, 150, 4, EXACT),
-        (EQUAL, None, 2, EXACT),
-        (PAIRS, None, 3, ROUNDED),
-        (ODD, 40, 1, ROUNDED),
+        (PAIRS, None, 1, True, EXACT),
+        (PAIRS, None, 3, True, EXACT),
+        (PAIRS, None, 3, False, EXACT),
+        (PAIRS, 1, 3, True, EXACT),
+        (PAIRS, 40, 1, True, EXACT),
+        (PAIRS, 150, 3, True, EXACT),
+        (ODD, 150, 4, True, EXACT),
+        (EQUAL, None, 2, True, EXACT),
+        (PAIRS, None, 3, True, ROUNDED),
+        (ODD, 40, 1, True, ROUNDED),
+        (ODD, 40, 1, False, ROUNDED),
     ],
 )
 def test_a_new_token_sees_itself_and_what_is_cached(
-    device: torch.device, heads: Heads, window: int | None, splits: int, dtype: torch.dtype
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    heads: Heads,
+    window: int | None,
+    splits: int,
+    early: bool,
+    dtype: torch.dtype,
 ) -> None:
+    monkeypatch.setattr(attention, "MOST_EARLY", 512 if early else 0)
     query, kv, dim = heads
     cached = [0, 15, 300, 16, 131]  # the fourth row only fills the batch up
     table_of = [1, 0, 2, -1, 4]

@@ -23,11 +23,17 @@ def _copy(source, out, num, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
 
 
 @triton.jit
-def _copy_at_once(source, out, num, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
+def _copy_early(source, out, num, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(source + place, place < num, other=0)
     begin_chained(CHAINED)
     tl.store(out + place, value, place < num)
+
+
+@triton.jit
+def _write_early(out, CHAINED: tl.constexpr):
+    tl.store(out, 1)
+    begin_chained(CHAINED)
 
 
 @triton.jit
@@ -70,14 +76,24 @@ def test_what_is_found_by_its_address_has_to_be_allowed(
     assert out.tolist() == [28]
 
 
-def test_a_kernel_launched_early_has_to_wait_before_it_touches_memory(
+def test_a_kernel_launched_early_has_to_wait_for_what_the_one_before_it_writes(
     device: torch.device,
 ) -> None:
-    numbers, out = torch.arange(12, dtype=torch.int32), torch.empty(12, dtype=torch.int32)
+    numbers = torch.arange(12, dtype=torch.int32)
+    out, last = torch.empty_like(numbers), torch.empty_like(numbers)
     _copy[(2,)](numbers, out, 12, BLOCK=8, **chained(device))
-    assert torch.equal(out, numbers)
-    with pytest.raises(InterpreterError, match="before what came before is complete"):
-        _copy_at_once[(2,)](numbers, out, 12, BLOCK=8, **chained(device))
+    with pytest.raises(InterpreterError, match="read before what came before is complete"):
+        _copy_early[(2,)](out, last, 12, BLOCK=8, **chained(device))
+    _copy[(2,)](numbers, out, 12, BLOCK=8, **chained(device))
+    _copy_early[(2,)](numbers, last, 12, BLOCK=8, **chained(device))
+    _copy_early[(2,)](out, last, 12, BLOCK=8, **chained(device))
+    assert torch.equal(last, numbers)
+
+
+def test_a_kernel_launched_early_has_to_wait_before_it_writes(device: torch.device) -> None:
+    out = torch.empty(1, dtype=torch.int32)
+    with pytest.raises(InterpreterError, match="written before what came before is complete"):
+        _write_early[(1,)](out, **chained(device))
 
 
 def test_programs_run_in_no_order_that_one_could_count_on(device: torch.device) -> None:

@@ -23,6 +23,10 @@ __all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attent
 STEP, STAGES = 128, 2
 """Keys that a decode takes at a time, and how many steps ahead it reads."""
 
+MOST_EARLY = 512
+"""Where a decode has no more programs, most run at once, and fetch their first keys early. Holding
+them in registers is what it costs, which is more than it brings where programs take turns."""
+
 ROTATED_HEADS = 16
 """Heads of a token that a program of `rotate_and_store` takes."""
 
@@ -128,6 +132,40 @@ class DecodeScratch:
         self.arrived = torch.zeros(max_sequences, num_kv_heads, dtype=torch.int32, device=device)
 
 
+@triton.jit
+def _load_keys(
+    tables, keys, values, at, high, kv, half, in_half, dims, in_dims,
+    KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Both halves of some cached keys, their values, and which of them there are."""
+    where = at + tl.arange(0, STEP)
+    inside = where < high
+    block = tl.load(tables + where // BLOCK, inside, other=0)
+    row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
+    k_at = keys + row[None, :] * D + half[:, None]
+    k_in = inside[None, :] & in_half[:, None]
+    first, second = tl.load(k_at, k_in, other=0.0), tl.load(k_at + D // 2, k_in, other=0.0)
+    v_at = values + row[:, None] * D + dims[None, :]
+    return first, second, tl.load(v_at, inside[:, None] & in_dims[None, :], other=0.0), inside
+
+
+@triton.jit
+def _attend_keys(
+    q_first, q_second, found, largest, total, acc, scale, PRECISION: tl.constexpr
+):
+    """A decode's sums with what `_load_keys` found."""
+    k_first, k_second, v, inside = found
+    scores = tl.dot(q_first, k_first, input_precision=PRECISION)
+    scores = tl.dot(q_second, k_second, scores, input_precision=PRECISION)
+    scores = tl.where(inside[None, :], scores * (scale * LOG2_E), float("-inf"))
+    peak = tl.maximum(largest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - peak[:, None])
+    shrink = tl.exp2(largest - peak)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return peak, total, acc
+
+
 @triton.jit(
     do_not_specialize=("table_stride", "totals_half"),
     do_not_specialize_on_alignment=("position_T", "table_T", "tables"),
@@ -137,12 +175,12 @@ def _decode_kernel(
     sums, totals, arrived, table_stride, totals_half, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    begin_chained(CHAINED)
     token, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(table_T + token)
     if sequence < 0:
+        begin_chained(CHAINED)
         return
     tables += sequence * table_stride
     position = tl.load(position_T + token).to(tl.int32)
@@ -151,6 +189,15 @@ def _decode_kernel(
     in_half, in_dims, in_heads = half < D // 2, dims < D, heads < G
     cos_row = tl.load(cos + position * (D // 2) + half, in_half, other=0.0)
     sin_row = tl.load(sin + position * (D // 2) + half, in_half, other=0.0)
+    begin = tl.maximum(0, position - window + 1)
+    per_split = tl.cdiv(tl.cdiv(position - begin, SPLITS), STEP) * STEP
+    low = begin + split * per_split
+    high = tl.minimum(low + per_split, position)
+    if EARLY:  # earlier steps wrote what is in the cache
+        first_keys = _load_keys(
+            tables, keys, values, low, high, kv, half, in_half, dims, in_dims, KV, D, BLOCK, STEP
+        )
+    begin_chained(CHAINED)
     qkv += token.to(tl.int64) * ((Q + 2 * KV) * D)
     q_at = qkv + (kv * G + heads)[:, None] * D + half[None, :]
     q_in = in_heads[:, None] & in_half[None, :]
@@ -163,33 +210,23 @@ def _decode_kernel(
     q_first, q_second = q_first.to(dtype), q_second.to(dtype)
 
     # The new token's own key and value are not in the cache yet: the last split brings them.
-    begin = tl.maximum(0, position - window + 1)
-    per_split = tl.cdiv(tl.cdiv(position - begin, SPLITS), STEP) * STEP
-    low = begin + split * per_split
-    high = tl.minimum(low + per_split, position)
     largest = tl.full((16,), float("-inf"), tl.float32)
     total = tl.zeros((16,), tl.float32)
     acc = tl.zeros((16, DIM), tl.float32)
-    for at in tl.range(low, high, STEP):
-        where = at + tl.arange(0, STEP)
-        inside = where < high
-        block = tl.load(tables + where // BLOCK, inside, other=0)
-        row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
-        k_at = keys + row[None, :] * D + half[:, None]
-        k_in = inside[None, :] & in_half[:, None]
-        scores = tl.dot(q_first, tl.load(k_at, k_in, other=0.0), input_precision=PRECISION)
-        scores = tl.dot(
-            q_second, tl.load(k_at + D // 2, k_in, other=0.0), scores, input_precision=PRECISION
+    rest = low
+    if EARLY:
+        if low < high:
+            largest, total, acc = _attend_keys(
+                q_first, q_second, first_keys, largest, total, acc, scale, PRECISION
+            )
+        rest += STEP
+    for at in tl.range(rest, high, STEP):
+        next_keys = _load_keys(
+            tables, keys, values, at, high, kv, half, in_half, dims, in_dims, KV, D, BLOCK, STEP
         )
-        scores = tl.where(inside[None, :], scores * (scale * LOG2_E), float("-inf"))
-        peak = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - peak[:, None])
-        shrink = tl.exp2(largest - peak)
-        v_at = values + row[:, None] * D + dims[None, :]
-        v = tl.load(v_at, inside[:, None] & in_dims[None, :], other=0.0)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        largest = peak
+        largest, total, acc = _attend_keys(
+            q_first, q_second, next_keys, largest, total, acc, scale, PRECISION
+        )
     if split == SPLITS - 1:
         k_at = qkv + (Q + kv) * D + half
         k_first, k_second = _turn(
@@ -290,8 +327,9 @@ def decode_attention(
         tables_SB.stride(0), scratch.totals.stride(0), sliding_window or 2**30, head_dim**-0.5,
         Q=num_query, KV=num_kv, D=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block,
-        STEP=STEP,
-        SPLITS=scratch.splits, PRECISION="ieee" if exact else "tf32",
+        STEP=STEP // 2 if exact else STEP,
+        SPLITS=scratch.splits, EARLY=num_tokens * num_kv * scratch.splits <= MOST_EARLY,
+        PRECISION="ieee" if exact else "tf32",
         num_warps=4, num_stages=1 if exact else STAGES, **chained(qkv_TC.device),
     )  # fmt: skip
 

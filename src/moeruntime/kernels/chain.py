@@ -5,10 +5,12 @@ wrote. On a Hopper device or later the next one's programs are put in place whil
 the one before still run, and wait there: what a launch takes is hidden
 (programmatic dependent launch).
 
-Whoever is launched so has to wait, in every program and before it reads or writes anything: only
-then is what came before complete, all the way back. Then it lets the next kernel come, which is put
-in place once all programs of this one have started. Kernels that know nothing of this, like
-torch's, are safe between them: they start and end as they always do.
+Whoever is launched so has to wait, in every program, before it writes anything or reads what the
+kernel before it wrote: only then is that one complete. Then it lets the next kernel come, which is
+put in place once all programs of this one have started. So all that came earlier was complete when
+a kernel is put in place, and what weights, inputs of the step and earlier kernels have to give is
+fetched before it waits. Kernels that know nothing of this, like torch's, are safe between them:
+they start and end as they always do.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ __all__ = ["begin_chained", "chained"]
 
 @triton.jit
 def begin_chained(CHAINED: tl.constexpr):
-    """What a kernel has to do first; `CHAINED` and how it is launched are of `chained`."""
+    """Wait for the kernel before, in every program; `CHAINED` and the launch are of `chained`."""
     if CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -98,15 +98,16 @@ def _down_kernel(
     F: tl.constexpr, I: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    begin_chained(CHAINED)
+    # The lists were complete before gate_up began.
     face, first, count = find_tile(counts, tl.program_id(0), F, TOKENS)
-    if face >= F:
-        return
     part = tl.program_id(2)
     place = first + tl.arange(0, TOKENS)
+    pairs_in = (place < count) & (face < F)
     face = face.to(tl.int64)
-    pairs_in = place < count
     pair = tl.load(pairs + face * capacity + place, pairs_in, other=0)
+    begin_chained(CHAINED)
+    if face >= F:
+        return
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, STEP)
     per_part: tl.constexpr = tl.cdiv(I, STEP * PARTS) * STEP

@@ -48,14 +48,14 @@ def _add_norm_kernel(
     P: tl.constexpr, H: tl.constexpr, ROW: tl.constexpr, GATHERED: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    begin_chained(CHAINED)
     token = tl.program_id(0)
     offsets = tl.arange(0, ROW)
     inside = offsets < H
     slot = tl.load(slot_T + token)
+    norm = tl.load(weight + slot * slot_stride + offsets, inside, other=0.0)
+    begin_chained(CHAINED)
     x = _sum_parts(residual, parts, rows, shares, token, offsets, inside, P, H, GATHERED)
-    norm = tl.load(weight + slot * slot_stride + offsets, inside, other=0.0).to(tl.float32)
-    normed = x * tl.rsqrt(tl.sum(x * x) / H + eps) * norm
+    normed = x * tl.rsqrt(tl.sum(x * x) / H + eps) * norm.to(tl.float32)
     if P > 0:
         tl.store(residual + token.to(tl.int64) * H + offsets, x, inside)
     target = out + token.to(tl.int64) * H + offsets
@@ -124,14 +124,21 @@ def _route_kernel(
     P: tl.constexpr, H: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr, K: tl.constexpr,
     K_POW2: tl.constexpr, AT_ONCE: tl.constexpr, ROW: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    begin_chained(CHAINED)
     token = tl.program_id(0)
     slot, variant = tl.load(slot_T + token), tl.load(variant_T + token)
     router += slot * router_stride
     offsets = tl.arange(0, ROW)
     inside = offsets < H
+    scale = tl.load(norm + slot * norm_stride + offsets, inside, other=0.0)
+    first = tl.arange(0, AT_ONCE)
+    first_AH = tl.load(
+        router + first[:, None] * H + offsets[None, :],
+        (first[:, None] < E) & inside[None, :],
+        other=0.0,
+    )
+    begin_chained(CHAINED)
     x = _sum_parts(residual, parts, parts, parts, token, offsets, inside, P, H, False)
-    scale = tl.load(norm + slot * norm_stride + offsets, inside, other=0.0).to(tl.float32)
+    scale = scale.to(tl.float32)
     normed = (x * tl.rsqrt(tl.sum(x * x) / H + eps) * scale).to(out.dtype.element_ty)
     tl.store(residual + token * H + offsets, x, inside)
     tl.store(out + token * H + offsets, normed, inside)
@@ -139,8 +146,10 @@ def _route_kernel(
     logits_E = tl.full((E_POW2,), float("-inf"), tl.float32)
     for start in tl.static_range(0, E, AT_ONCE):
         some = start + tl.arange(0, AT_ONCE)
-        both = (some[:, None] < E) & inside[None, :]
-        rows_AH = tl.load(router + some[:, None] * H + offsets[None, :], both, other=0.0)
+        rows_AH = first_AH
+        if start > 0:
+            both = (some[:, None] < E) & inside[None, :]
+            rows_AH = tl.load(router + some[:, None] * H + offsets[None, :], both, other=0.0)
         found_A = tl.sum(rows_AH.to(tl.float32) * normed.to(tl.float32)[None, :], axis=1)
         same_EA = experts[:, None] == some[None, :]
         mine_E = tl.sum(tl.where(same_EA, found_A[None, :], 0.0), axis=1)

@@ -27,12 +27,12 @@ def _project_kernel(
     I: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    begin_chained(CHAINED)
     tile, part = tl.program_id(0), tl.program_id(2)
     slot = tl.load(tiles + tile).to(tl.int64)
+    start, stop = tl.load(tiles + num_tiles + tile), tl.load(tiles + 2 * num_tiles + tile)
+    begin_chained(CHAINED)
     if slot < 0:
         return
-    start, stop = tl.load(tiles + num_tiles + tile), tl.load(tiles + 2 * num_tiles + tile)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     tokens = start + tl.arange(0, TOKENS)
     columns = tl.arange(0, STEP)

@@ -21,7 +21,7 @@ from moeruntime.kv_cache import KVCache
 
 __all__ = ["SOME_DECODES", "LoneTokens", "StepAttention", "decode_scratch"]
 
-SOME_DECODES = 4
+SOME_DECODES = 8
 """Beside prompts: contexts are cut as if there were so many."""
 
 
@@ -111,7 +111,7 @@ def decode_scratch(
     config: DecoderConfig, num_sequences: int, *, fewest: int, device: torch.device
 ) -> DecodeScratch:
     """For up to `num_sequences`, with splits enough to fill a device if there are `fewest`."""
-    splits = max(1, min(16, 128 // (fewest * config.num_kv_heads)))
+    splits = max(1, min(16, 256 // (fewest * config.num_kv_heads)))
     return DecodeScratch(
         num_sequences, config.num_heads, config.num_kv_heads, config.head_dim, splits, device
     )
