@@ -6,7 +6,7 @@ library's product of two 8192 x 8192 matrices, measured in the same run. Times a
 from the tokens to the first new one, medians.
 
 Run: python benchmarks/prefill.py [--synthetic mixtral-8x7b] [--code 4+2] [--tokens 512 2048]
-     [--profile]
+     [--cached 8000] [--profile]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--code", default="bf16")
     parser.add_argument("--variants", type=int, default=1, help="that share the experts")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--cached", type=int, default=0, help="tokens before them, in the cache")
     parser.add_argument("--profile", action="store_true", help="the kernels of one prompt each")
     arguments = parser.parse_args()
     ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16)
@@ -45,15 +46,15 @@ def main() -> None:
         device="cuda",
         max_sequences=1,
         max_step_tokens=longest,
-        cache_bytes=blocks_for(longest) * block_bytes,
+        cache_bytes=blocks_for(arguments.cached + longest) * block_bytes,
         prefix_cache=False,
     ) as engine:
         print("tokens        ms   tokens/s   TFLOP/s   of product")
         for tokens in arguments.tokens:
-            row = measure_prefill(engine, ceilings, tokens)
+            row = measure_prefill(engine, ceilings, tokens, num_cached=arguments.cached)
             rows.append(row)
             if arguments.profile:
-                print_kernels(prefill(engine, tokens))
+                print_kernels(prefill(engine, tokens, num_cached=arguments.cached))
             print(
                 f"{tokens:6d} {row.time_s * 1e3:9.2f} {row.tokens_per_s:10.0f} "
                 f"{row.flops_per_s / 1e12:9.1f} {row.of_gemm:12.1%}",
@@ -66,6 +67,7 @@ def main() -> None:
             "torch": torch.__version__,
             "model": arguments.synthetic,
             "code": arguments.code,
+            "cached": arguments.cached,
             "gemm_tflops": ceilings.gemm_flops / 1e12,
             "rows": [
                 asdict(row) | {"tokens_per_s": row.tokens_per_s, "flops_per_s": row.flops_per_s}

@@ -2,8 +2,8 @@
 
 Programs run one after the other, in an order that is drawn anew for each launch, and whatever they
 read or write has to lie in a tensor that they were given. A kernel that is launched before the one
-in front of it has ended has to wait for it before it writes, or reads what that one wrote. `install`
-puts this in place, and what stands in for CUDA.
+in front of it has ended has to wait for it before it writes, or reads what that one wrote.
+`install` puts this in place, and what stands in for CUDA.
 
 What it can't show: speed, what compilers for devices make of a kernel, and programs that really run
 at once.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernel_fixtures import DTYPES, assert_close, randn
 from moeruntime.kernels import attention, paged_attention
-from moeruntime.kernels.spans import SPAN_TOKENS, Spans
+from moeruntime.kernels import spans as spans_module
+from moeruntime.kernels.spans import SPAN_TOKENS, SpanCut, Spans, SpanScratch, to_device
 from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
 
 Heads = tuple[int, int, int]
@@ -171,40 +172,60 @@ def test_a_new_token_sees_itself_and_what_is_cached(
 
 
 @pytest.mark.parametrize(
-    ("heads", "window", "dtype"),
+    ("heads", "window", "split_keys", "dtype"),
     [
-        (PAIRS, None, EXACT),
-        (PAIRS, 1, EXACT),
-        (PAIRS, 40, EXACT),
-        (ODD, 150, EXACT),
-        (PAIRS, None, ROUNDED),
-        (EQUAL, 40, ROUNDED),
+        (PAIRS, None, 512, EXACT),
+        (PAIRS, 1, 512, EXACT),
+        (PAIRS, 40, 512, EXACT),
+        (ODD, 150, 512, EXACT),
+        (PAIRS, None, 40, EXACT),
+        (PAIRS, None, 8, EXACT),  # some splits have nothing
+        (ODD, 150, 40, EXACT),
+        (EQUAL, 40, 20, EXACT),
+        (PAIRS, None, 512, ROUNDED),
+        (EQUAL, 40, 512, ROUNDED),
+        (PAIRS, None, 40, ROUNDED),
     ],
 )
 def test_new_tokens_of_prompts_see_what_lies_before_them(
-    device: torch.device, heads: Heads, window: int | None, dtype: torch.dtype
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    heads: Heads,
+    window: int | None,
+    split_keys: int,
+    dtype: torch.dtype,
 ) -> None:
-    query, _, dim = heads
+    monkeypatch.setattr(spans_module, "SPLIT_KEYS", split_keys)
+    query, kv, dim = heads
     counts = [SPAN_TOKENS + 7, 1, 1, 9]
     contexts = [SPAN_TOKENS + 7, 1, 100, 160]
     tables = block_tables(contexts, spare=2)
-    keys, values = filled_cache(tables, contexts, heads, device, dtype)
     ends = [sum(counts[: idx + 1]) for idx in range(len(counts))]
     spans = [
         (end - count, end, context)
         for end, count, context in zip(ends, counts, contexts, strict=True)
     ]
-    q = randn(ends[-1], query, dim, seed=8, device=device, dtype=dtype)
-    expected = paged_attention(
-        q.float().cpu(),
-        keys.float().cpu(),
-        values.float().cpu(),
-        spans,
-        [torch.tensor(table) for table in tables],
-        window,
-    )
-    on_device, before = Spans.build(spans, tables, device), q.clone()
-    attention.span_attention(q, keys, values, on_device, window, out_TQD=q)
+    cut = SpanCut.of(query, kv, window)
+    pieces = cut.pieces(spans)
+    assert (max(splits for *_, splits in pieces) > 1) == (split_keys < 512)
+    pieces_N4 = to_device(torch.tensor([*pieces, (-1, 0, 0, 1)], dtype=torch.int32), device)
+    on_device = Spans.build(spans, tables, device)
+    scratch = SpanScratch(cut, dim, device)
+    scratch.sums.fill_(torch.nan)
+    scratch.totals.fill_(torch.nan)
+    keys, values = filled_cache(tables, contexts, heads, device, dtype)
     alone = [start for start, stop, _ in spans if stop - start == 1]
-    expected[alone] = before[alone].flatten(1).float().cpu()  # their kernel is another
-    assert_close(q.flatten(1), expected, dtype)
+    for seed in (8, 9):  # twice: counters of splits have to be where they were
+        q = randn(ends[-1], query, dim, seed=seed, device=device, dtype=dtype)
+        expected = paged_attention(
+            q.float().cpu(),
+            keys.float().cpu(),
+            values.float().cpu(),
+            spans,
+            [torch.tensor(table) for table in tables],
+            window,
+        )
+        expected[alone] = q[alone].flatten(1).float().cpu()  # their kernel is another
+        attention.span_attention(q, keys, values, on_device, pieces_N4, scratch, window, out_TQD=q)
+        assert_close(q.flatten(1), expected, dtype)
+        assert not scratch.arrived.any()

@@ -13,6 +13,7 @@ from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import MAX_FACES, Cut, is_fast
 from moeruntime.kernels.shapes import tile_rows
+from moeruntime.kernels.spans import SPAN_TOKENS, SPLIT_PROGRAMS, SpanCut
 from moeruntime.kernels.strips import lay_in_strips
 from moeruntime.models.step_buffers import BATCH_SIZES, StepShapes, batch_sizes
 
@@ -109,6 +110,51 @@ def test_tiles_cover_each_run_once_and_never_two_slots() -> None:
         assert owner == {
             token: slot for slot, start, stop in groups for token in range(start, stop)
         }
+
+
+# -- attention of prompts --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 100, 5000])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(32, 8), (12, 1), (32, 32)])
+def test_pieces_are_of_all_tokens_that_are_not_alone(
+    num_heads: int, num_kv_heads: int, window: int | None
+) -> None:
+    cut = SpanCut.of(num_heads, num_kv_heads, window)
+    assert cut.heads * cut.runs * num_kv_heads >= num_heads
+    numbers = random.Random(2)
+    split = 0
+    for _ in range(200):
+        spans, at = [], 0
+        for _ in range(numbers.randint(1, 20)):
+            count = numbers.choice([1, 1, 2, 32, 33, numbers.randint(1, 200)])
+            spans.append((at, at + count, count + numbers.choice([0, 9000, 40000])))
+            at += count
+        pieces = cut.pieces(spans)
+        assert len(pieces) <= cut.most_pieces(at)
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for sequence, first, part, parts in pieces:
+            found.setdefault((sequence, first), []).append((part, parts))
+        assert list(found) == [
+            (idx, first)
+            for idx, (start, stop, _) in enumerate(spans)
+            for first in range(0, stop - start if stop - start > 1 else 0, SPAN_TOKENS)
+        ]
+        for parts_of in found.values():
+            assert parts_of == [(part, len(parts_of)) for part in range(len(parts_of))]
+        if len(pieces) > len(found):
+            assert len(pieces) * cut.programs <= SPLIT_PROGRAMS, "the scratch has no more"
+            split += 1
+    assert (split > 0) == (window != 100)
+
+
+def test_only_long_contexts_of_few_programs_are_split() -> None:
+    cut = SpanCut.of(32, 8, None)
+    assert cut.pieces([(0, 20, 20)]) == [(0, 0, 0, 1)]
+    assert cut.pieces([(0, 20, 1040)]) == [(0, 0, 0, 2), (0, 0, 1, 2)]
+    assert len(cut.pieces([(0, 20, 8000)])) == 15
+    assert len(cut.pieces([(0, 20, 32000)])) == SPLIT_PROGRAMS // 8
+    assert len(cut.pieces([(0, 1024, 8000)])) == 32, "they fill a device as they are"
 
 
 # -- faces -----------------------------------------------------------------------------------------

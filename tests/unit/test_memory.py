@@ -219,6 +219,7 @@ def test_a_gpu_needs_buffers_for_its_steps_and_no_decoded_experts(
     values = [*vars(buffers).values(), *vars(buffers.lists).values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     tensors += [*buffers.routed.values(), *buffers.inner.values()]
+    tensors += buffers.span_scratch.tensors()
     assert buffers.inputs.shape == (6, 16)
     assert storage_bytes(tensors) == buffers.num_bytes
     rotary = half_rotary_tables(config, torch.device("cpu"))

@@ -93,8 +93,14 @@ class Clock:
         return time.perf_counter() - start_s
 
 
-def prefill(engine: Engine, num_tokens: int) -> Callable[[], object]:
-    """What runs a prompt of the first variant; the engine is idle, and has no prefix cache."""
+def prefill(engine: Engine, num_tokens: int, *, num_cached: int = 0) -> Callable[[], object]:
+    """What runs a prompt of the first variant; the engine is idle, and has no prefix cache.
+
+    Args:
+        engine: whose model.
+        num_tokens: that are new.
+        num_cached: before them; what the cache has of them is whatever lies there.
+    """
     manifest = engine.source.manifest
     name = manifest.variant_names[0]
     held = engine.residency.admit(name)
@@ -104,7 +110,7 @@ def prefill(engine: Engine, num_tokens: int) -> Callable[[], object]:
     engine.residency.release(name)
     numbers = random.Random(num_tokens)
     tokens = [numbers.randrange(manifest.config.vocab_size) for _ in range(num_tokens)]
-    span = Span(slot, 0, tokens, 0, range(blocks_for(num_tokens)))
+    span = Span(slot, 0, tokens, num_cached, range(blocks_for(num_cached + num_tokens)))
     graphs = engine.graphs
     if graphs is not None and num_tokens <= graphs.max_tokens:
         return lambda: graphs.run([span])
@@ -117,9 +123,11 @@ def prefill(engine: Engine, num_tokens: int) -> Callable[[], object]:
     return run
 
 
-def measure_prefill(engine: Engine, ceilings: Ceilings, num_tokens: int) -> PrefillRow:
-    """Time a prompt as the engine runs it."""
-    work = prefill(engine, num_tokens)
+def measure_prefill(
+    engine: Engine, ceilings: Ceilings, num_tokens: int, *, num_cached: int = 0
+) -> PrefillRow:
+    """Time a prompt as the engine runs it; operations of cached tokens are not counted."""
+    work = prefill(engine, num_tokens, num_cached=num_cached)
     time_s = median_s(work, engine.device, repeats=7, warm_up=2)
     flops = prompt_flops(decoder_config(engine.source), num_tokens)
     return PrefillRow(

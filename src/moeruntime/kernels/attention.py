@@ -2,10 +2,11 @@
 
 `decode_attention` takes sequences with one new token, cut into splits along the context so that a
 small batch fills the device; the split that finishes last puts the others' results together in a
-fixed order. `span_attention` takes those with more (flash attention, Dao 2023).
+fixed order. `span_attention` takes those with more (flash attention, Dao 2023), and cuts a long
+context in the same way where few programs would walk along it.
 
 Legend: T tokens, Q query heads, KV key-value heads, D head dimension, B tokens of a cache block,
-S splits, G query heads of a key-value head.
+S splits, G query heads of a key-value head, N pieces of work.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeruntime.kernels.chain import begin_chained, chained
-from moeruntime.kernels.spans import SPAN_TOKENS, Spans
+from moeruntime.kernels.spans import SPAN_TOKENS, SpanCut, Spans, SpanScratch
 
 __all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attention"]
 
@@ -29,9 +30,6 @@ them in registers is what it costs, which is more than it brings where programs 
 
 ROTATED_HEADS = 16
 """Heads of a token that a program of `rotate_and_store` takes."""
-
-SPAN_HEADS = 4
-"""Query heads of a key-value head that a program of `span_attention` takes at most."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -150,9 +148,7 @@ def _load_keys(
 
 
 @triton.jit
-def _attend_keys(
-    q_first, q_second, found, largest, total, acc, scale, PRECISION: tl.constexpr
-):
+def _attend_keys(q_first, q_second, found, largest, total, acc, scale, PRECISION: tl.constexpr):
     """A decode's sums with what `_load_keys` found."""
     k_first, k_second, v, inside = found
     scores = tl.dot(q_first, k_first, input_precision=PRECISION)
@@ -335,18 +331,21 @@ def decode_attention(
 
 
 @triton.jit(
-    do_not_specialize=("table_stride",),
-    do_not_specialize_on_alignment=("tiles", "starts", "stops", "contexts", "tables"),
+    do_not_specialize=("table_stride", "totals_half"),
+    do_not_specialize_on_alignment=("pieces", "starts", "stops", "contexts", "tables"),
 )
 def _span_kernel(
-    query, keys, values, out, tiles, starts, stops, contexts, tables, table_stride, window, scale,
+    query, keys, values, out, pieces, starts, stops, contexts, tables, sums, totals, arrived,
+    table_stride, totals_half, window, scale,
     Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, G: tl.constexpr,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    piece = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest of a prompt are last
+    pieces += 4 * piece
+    span = tl.load(pieces)
+    first_row, split, splits = tl.load(pieces + 1), tl.load(pieces + 2), tl.load(pieces + 3)
     begin_chained(CHAINED)
-    tiles += 2 * (tl.num_programs(1) - 1 - tl.program_id(1))  # the longest of a prompt are last
-    span = tl.load(tiles)
     if span < 0:
         return
     # Query heads that share keys are rows beside each other.
@@ -354,18 +353,21 @@ def _span_kernel(
     runs: tl.constexpr = (G + HEADS - 1) // HEADS
     kv = tl.program_id(0) // runs
     of_kv = tl.program_id(0) % runs * HEADS + tl.arange(0, ROWS) % HEADS
-    first_row = tl.load(tiles + 1)
     start, stop = tl.load(starts + span), tl.load(stops + span)
     context = tl.load(contexts + span)
     dtype = query.dtype.element_ty
-    token, dims = first_row + tl.arange(0, ROWS) // HEADS, tl.arange(0, DIM)
+    row, dims = tl.arange(0, ROWS), tl.arange(0, DIM)
+    token = first_row + row // HEADS
     rows_in, in_dims = ((start + token < stop) & (of_kv < G))[:, None], dims < D
     first_place = context - (stop - start) + first_row
-    place = first_place + tl.arange(0, ROWS) // HEADS
+    place = first_place + row // HEADS
     at_row = (start + token).to(tl.int64) * Q + kv * G + of_kv
     q = tl.load(query + at_row[:, None] * D + dims[None, :], rows_in & in_dims[None, :], other=0.0)
     low = tl.maximum(0, first_place - window + 1) // STEP * STEP
     high = tl.minimum(first_place + TOKENS, context)
+    per_split = tl.cdiv(tl.cdiv(high - low, splits), STEP) * STEP
+    low += split * per_split
+    high = tl.minimum(low + per_split, high)
     largest = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIM), tl.float32)
@@ -373,24 +375,57 @@ def _span_kernel(
         where = at + tl.arange(0, STEP)
         inside = where < high
         block = tl.load(tables + span * table_stride + where // BLOCK, inside, other=0)
-        row = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
+        cached = (block.to(tl.int64) * BLOCK + where % BLOCK) * KV + kv
         k = tl.load(
-            keys + row[None, :] * D + dims[:, None], inside[None, :] & in_dims[:, None], other=0.0
+            keys + cached[None, :] * D + dims[:, None],
+            inside[None, :] & in_dims[:, None],
+            other=0.0,
         )
         scores = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2_E)
         seen = (where[None, :] <= place[:, None]) & (where[None, :] > place[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.where(seen & inside[None, :], scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - peak[:, None])
         shrink = tl.exp2(largest - peak)
         v = tl.load(
-            values + row[:, None] * D + dims[None, :], inside[:, None] & in_dims[None, :], other=0.0
+            values + cached[:, None] * D + dims[None, :],
+            inside[:, None] & in_dims[None, :],
+            other=0.0,
         )
         total = total * shrink + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         largest = peak
     target = out + at_row[:, None] * D + dims[None, :]
-    tl.store(target, (acc / total[:, None]).to(dtype), rows_in & in_dims[None, :])
+    target_in = rows_in & in_dims[None, :]
+    if splits == 1:
+        tl.store(target, (acc / total[:, None]).to(dtype), target_in)
+    else:
+        mine = piece * tl.num_programs(0) + tl.program_id(0)
+        first = (piece - split) * tl.num_programs(0) + tl.program_id(0)
+        of_sums = row[:, None] * D + dims[None, :]
+        tl.store(sums + mine * ROWS * D + of_sums, acc, target_in)
+        tl.store(totals + mine * ROWS + row, largest)
+        tl.store(totals + totals_half + mine * ROWS + row, total)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + first, 1, sem="acq_rel") == splits - 1:
+            tl.store(arrived + first, 0)
+            peak = tl.full((ROWS,), -1e30, tl.float32)
+            whole = tl.zeros((ROWS,), tl.float32)
+            mixed = tl.zeros((ROWS, DIM), tl.float32)
+            for one in tl.range(splits):
+                theirs = first + one * tl.num_programs(0)
+                at_total = totals + theirs * ROWS + row
+                high_one = tl.load(at_total, cache_modifier=".cg")
+                total_one = tl.load(at_total + totals_half, cache_modifier=".cg")
+                sum_one = tl.load(
+                    sums + theirs * ROWS * D + of_sums, target_in, other=0.0, cache_modifier=".cg"
+                )
+                higher = tl.maximum(peak, high_one)
+                keep, add = tl.exp2(peak - higher), tl.exp2(high_one - higher)
+                whole = whole * keep + total_one * add
+                mixed = mixed * keep[:, None] + sum_one * add[:, None]
+                peak = higher
+            tl.store(target, (mixed / whole[:, None]).to(dtype), target_in)
 
 
 def span_attention(
@@ -398,6 +433,8 @@ def span_attention(
     keys: Tensor,
     values: Tensor,
     spans: Spans,
+    pieces_N4: Tensor,
+    scratch: SpanScratch,
     sliding_window: int | None,
     *,
     out_TQD: Tensor,
@@ -408,21 +445,24 @@ def span_attention(
         query_TQD: rotated queries.
         keys: cache [blocks, B, KV, D].
         values: the same for values.
-        spans: the sequences; what is not in their tiles is left alone.
+        spans: the sequences.
+        pieces_N4: int32, what `SpanCut.pieces` makes of them; a sequence of -1 is none. Tokens
+            that are in none are left alone.
+        scratch: for the splits.
         sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
-        out_TQD: in the query's dtype; may be the queries themselves, each of which is read by the
-            program that writes in its place.
+        out_TQD: in the query's dtype; may be the queries themselves, each of which is read by all
+            that have a split of what it sees before one writes in its place.
     """
     num_query, head_dim = query_TQD.shape[1:]
     block, num_kv = keys.shape[1:3]
-    a_kv = num_query // num_kv
-    heads = min(SPAN_HEADS, triton.next_power_of_2(a_kv))
+    cut = SpanCut.of(num_query, num_kv, sliding_window)
     exact = query_TQD.dtype == torch.float32
-    _span_kernel[(num_kv * triton.cdiv(a_kv, heads), len(spans.tiles_N2))](
-        query_TQD, keys, values, out_TQD, spans.tiles_N2, *spans.rows_3S, spans.tables_SB,
-        spans.tables_SB.stride(0), sliding_window or 2**30, head_dim**-0.5,
+    _span_kernel[(cut.programs, len(pieces_N4))](
+        query_TQD, keys, values, out_TQD, pieces_N4, *spans.rows_3S, spans.tables_SB,
+        *scratch.tensors(), spans.tables_SB.stride(0), scratch.totals.stride(0),
+        sliding_window or 2**30, head_dim**-0.5,
         Q=num_query, KV=num_kv, D=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
-        G=a_kv, BLOCK=block, TOKENS=SPAN_TOKENS, HEADS=heads, STEP=32 if exact else 64,
-        PRECISION="ieee" if exact else "tf32", num_warps=8, num_stages=1 if exact else 3,
-        **chained(query_TQD.device),
+        G=num_query // num_kv, BLOCK=block, TOKENS=SPAN_TOKENS, HEADS=cut.heads,
+        STEP=32 if exact else 64, PRECISION="ieee" if exact else "tf32", num_warps=8,
+        num_stages=1 if exact else 3, **chained(query_TQD.device),
     )  # fmt: skip

@@ -31,7 +31,7 @@ from moeruntime.kernels import (
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
-from moeruntime.kernels.spans import to_device
+from moeruntime.kernels.spans import SpanCut, SpanScratch, to_device
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool
@@ -39,6 +39,7 @@ from moeruntime.models.layers import half_rotary_tables
 from moeruntime.models.step_attention import (
     SOME_DECODES,
     LoneTokens,
+    PromptTokens,
     StepAttention,
     decode_scratch,
 )
@@ -151,27 +152,33 @@ class FusedDecoder:
         return grouped_linear(attended_TC, self.weights[layer_role(layer, "o_proj")], batch.groups)
 
     def _attend(self, batch: Batch) -> StepAttention:
-        spans, device = batch.spans, self.faces_VLE.device
+        config, device = self.config, self.faces_VLE.device
+        lone, prompts = None, None
         alone = [
             (start, context - 1, idx)
-            for idx, (start, stop, context) in enumerate(spans)
+            for idx, (start, stop, context) in enumerate(batch.spans)
             if stop - start == 1
         ]
-        lone = None
         if alone:
             columns = to_device(torch.tensor(alone).T.contiguous(), device)
             rows_N, position_N, table_N = columns.unbind()
-            scratch = decode_scratch(self.config, len(spans), fewest=SOME_DECODES, device=device)
+            scratch = decode_scratch(config, len(batch.spans), fewest=SOME_DECODES, device=device)
             lone = LoneTokens(rows_N, position_N, table_N, scratch)
+        if len(alone) < len(batch.spans):
+            cut = SpanCut.of(config.num_heads, config.num_kv_heads, config.sliding_window)
+            pieces_N4 = torch.tensor(cut.pieces(batch.spans), dtype=torch.int32)
+            prompts = PromptTokens(
+                to_device(pieces_N4, device), SpanScratch(cut, config.head_dim, device)
+            )
         return StepAttention(
-            config=self.config,
+            config=config,
             cache=self.cache,
             rotary=self.rotary,
             position_T=batch.positions_T,
             cache_row_T=batch.cache_rows_T,
             spans=batch.spans_on_device,
             lone=lone,
-            prompts=len(alone) < len(spans),
+            prompts=prompts,
         )
 
     def _experts(

@@ -16,10 +16,10 @@ from torch import Tensor
 from moeruntime.families import DecoderConfig
 from moeruntime.kernels import attention
 from moeruntime.kernels.attention import DecodeScratch
-from moeruntime.kernels.spans import Spans
+from moeruntime.kernels.spans import Spans, SpanScratch
 from moeruntime.kv_cache import KVCache
 
-__all__ = ["SOME_DECODES", "LoneTokens", "StepAttention", "decode_scratch"]
+__all__ = ["SOME_DECODES", "LoneTokens", "PromptTokens", "StepAttention", "decode_scratch"]
 
 SOME_DECODES = 8
 """Beside prompts: contexts are cut as if there were so many."""
@@ -43,6 +43,19 @@ class LoneTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Those that have others of their sequence beside them in a step.
+
+    Attributes:
+        pieces_N4: int32, as `SpanCut.pieces` has them; a sequence of -1 is none.
+        scratch: for their splits.
+    """
+
+    pieces_N4: Tensor
+    scratch: SpanScratch
+
+
+@dataclass(frozen=True, slots=True)
 class StepAttention:
     """Where a step's tokens are; serves all layers.
 
@@ -53,7 +66,7 @@ class StepAttention:
         position_T, cache_row_T: int64, as `Batch` has them.
         spans: the sequences.
         lone: those that bring one token; None where it is known that none does.
-        prompts: whether some may bring more.
+        prompts: those that bring more; None where it is known that none does.
     """
 
     config: DecoderConfig
@@ -63,7 +76,7 @@ class StepAttention:
     cache_row_T: Tensor
     spans: Spans
     lone: LoneTokens | None
-    prompts: bool
+    prompts: PromptTokens | None
 
     def __call__(self, layer: int, qkv_TC: Tensor, *, out_TC: Tensor) -> None:
         """Store a layer's keys and values, and attend.
@@ -76,7 +89,7 @@ class StepAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         window = self.config.sliding_window
         query_TQD = out_TC.view(-1, self.config.num_heads, self.config.head_dim)
-        if self.prompts:
+        if self.prompts is not None:
             attention.rotate_and_store(
                 qkv_TC,
                 self.position_T,
@@ -103,8 +116,17 @@ class StepAttention:
             )
             if rows_N is not None:
                 out_TC.index_copy_(0, rows_N, found_NC)
-        if self.prompts:
-            attention.span_attention(query_TQD, keys, values, self.spans, window, out_TQD=query_TQD)
+        if self.prompts is not None:
+            attention.span_attention(
+                query_TQD,
+                keys,
+                values,
+                self.spans,
+                self.prompts.pieces_N4,
+                self.prompts.scratch,
+                window,
+                out_TQD=query_TQD,
+            )
 
 
 def decode_scratch(

@@ -17,6 +17,7 @@ from moeruntime.families import DecoderConfig
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows
 from moeruntime.kernels.shapes import Shape
+from moeruntime.kernels.spans import SpanCut, SpanScratch
 from moeruntime.kv_cache import blocks_for
 
 __all__ = [
@@ -143,8 +144,9 @@ class StepBuffers:
         inputs: int64 [6, T]: tokens, positions, resident slots, variants and cache rows, as
             `Batch` has them; and `tables_of_lone`.
         tables: int32 block tables [T, B], a row a sequence.
-        spans, tiles: int32 [3, T] and [T, 2], the sequences of steps with prompts, as `Spans`
-            has them.
+        spans: int32 [3, T], the sequences of steps with prompts, as `Spans` has them.
+        span_cut, pieces, span_scratch: how their attention is cut, what is to be done, int32
+            [pieces, 4], and in what.
         residual, normed, qkv, attended: the residual stream in float32, and what blocks make of it.
         o_parts, down_parts: float32 partial products, still to be added up.
         routed, inner: inputs and inner activations [pairs, I] of the experts, by their dtype.
@@ -184,7 +186,9 @@ class StepBuffers:
         self.inputs = zeros(6, rows, of=torch.int64)
         self.tables = zeros(rows, blocks_for(config.max_context), of=torch.int32)
         self.spans = zeros(3, rows, of=torch.int32)
-        self.tiles = zeros(rows, 2, of=torch.int32)
+        self.span_cut = SpanCut.of(config.num_heads, config.num_kv_heads, config.sliding_window)
+        self.pieces = zeros(self.span_cut.most_pieces(rows), 4, of=torch.int32)
+        self.span_scratch = SpanScratch(self.span_cut, config.head_dim, device)
         self.residual = zeros(rows, hidden, of=torch.float32)
         self.normed = zeros(rows, hidden)
         self.qkv = zeros(rows, heads * config.head_dim)
@@ -215,6 +219,7 @@ class StepBuffers:
                 yield value
         yield from self.routed.values()
         yield from self.inner.values()
+        yield from self.span_scratch.tensors()
         if self.byte_rows is not None:
             yield from self.byte_rows.tensors()
         yield from (self.lists.counts_LF, self.lists.pairs_LFC, self.lists.weights_TK)

@@ -26,13 +26,14 @@ from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import norms
 from moeruntime.kernels.projections import project
 from moeruntime.kernels.shapes import tile_rows
-from moeruntime.kernels.spans import Spans, padded, span_tiles, tables_of_lone
+from moeruntime.kernels.spans import Spans, padded, tables_of_lone
 from moeruntime.kernels.upload import uploader
 from moeruntime.models.batch import Span, lay_out, token_groups
 from moeruntime.models.fused import FusedDecoder, down, down_parts, expert_dtype, gate_up
 from moeruntime.models.step_attention import (
     SOME_DECODES,
     LoneTokens,
+    PromptTokens,
     StepAttention,
     decode_scratch,
 )
@@ -48,6 +49,9 @@ __all__ = ["StepGraphs"]
 
 IDLE = (0, 0, 0, -1, -1, -1)
 """Inputs of a row that only fills a step up: it has no variant, no place in the cache, no table."""
+
+NOTHING = (-1, 0, 0, 1)
+"""No piece of any prompt."""
 
 
 class StepGraphs:
@@ -142,7 +146,7 @@ class StepGraphs:
             rotary=model.rotary,
             position_T=position_T,
             cache_row_T=cache_row_T,
-            spans=Spans(buffers.tiles[:size], buffers.spans[:, :size], buffers.tables[:size]),
+            spans=Spans(buffers.spans[:, :size], buffers.tables[:size]),
             lone=LoneTokens(
                 None,
                 position_T,
@@ -151,7 +155,7 @@ class StepGraphs:
                     config, size, fewest=SOME_DECODES if prompts else size, device=token_T.device
                 ),
             ),
-            prompts=prompts,
+            prompts=PromptTokens(self._pieces(size), buffers.span_scratch) if prompts else None,
         )
         buffers.lists.reset()
         residual.copy_(weights["embed_tokens"][slot_T, token_T])
@@ -205,6 +209,10 @@ class StepGraphs:
         """Rows of a tile."""
         return self._shapes(size).qkv.tokens
 
+    def _pieces(self, size: int) -> Tensor:
+        """Room for all that prompts of so many rows are cut into."""
+        return self.buffers.pieces[: self.buffers.span_cut.most_pieces(size)]
+
     def _shapes(self, size: int) -> StepShapes:
         return StepShapes.of(size, exact=self._exact)
 
@@ -227,9 +235,9 @@ class StepGraphs:
         upload.send(tiles, step.tiles)
         upload.send(tables, buffers.tables[: len(spans), : tables.shape[1]])
         if step.prompts:
-            of_spans = span_tiles(where)
-            of_spans += [(-1, 0)] * (size - len(of_spans))
-            upload.send(torch.tensor(of_spans, dtype=torch.int32), buffers.tiles[:size])
+            room, pieces = self._pieces(size), buffers.span_cut.pieces(where)
+            pieces += [NOTHING] * (len(room) - len(pieces))
+            upload.send(torch.tensor(pieces, dtype=torch.int32), room)
             upload.send(
                 torch.tensor(where, dtype=torch.int32).T.contiguous(),
                 buffers.spans[:, : len(where)],
@@ -242,7 +250,7 @@ class StepGraphs:
         tiles = torch.full((3, self.num_tiles(size)), -1, dtype=torch.int32, device=device)
         # Nothing reads or writes the cache.
         buffers.inputs[:, :size] = torch.tensor(IDLE, device=device)[:, None]
-        buffers.tiles[:size] = -1
+        self._pieces(size).copy_(torch.tensor(NOTHING))
         graph = capture(
             lambda: self.forward(size, tiles, prompts=prompts), pool=self._pool, device=device
         )
