@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from kernel_fixtures import DTYPES, assert_close, randn
-from moeruntime.kernels import attention, paged_attention
-from moeruntime.kernels import spans as spans_module
-from moeruntime.kernels.spans import SPAN_TOKENS, SpanCut, Spans, SpanScratch, to_device
+from moeruntime.kernels import attention, attention_cuts, paged_attention
+from moeruntime.kernels.attention_cuts import (
+    SPAN_TOKENS,
+    DecodeCut,
+    DecodeScratch,
+    SpanCut,
+    SpanScratch,
+)
+from moeruntime.kernels.spans import Spans, to_device
 from moeruntime.kv_cache import BLOCK_TOKENS, blocks_for
 
 Heads = tuple[int, int, int]
@@ -92,31 +98,24 @@ def test_queries_and_keys_are_rotated_and_the_cache_filled(
 
 
 @pytest.mark.parametrize(
-    ("heads", "window", "splits", "early", "dtype"),
+    ("heads", "window", "cut", "dtype"),
     [
-        (PAIRS, None, 1, True, EXACT),
-        (PAIRS, None, 3, True, EXACT),
-        (PAIRS, None, 3, False, EXACT),
-        (PAIRS, 1, 3, True, EXACT),
-        (PAIRS, 40, 1, True, EXACT),
-        (PAIRS, 150, 3, True, EXACT),
-        (ODD, 150, 4, True, EXACT),
-        (EQUAL, None, 2, True, EXACT),
-        (PAIRS, None, 3, True, ROUNDED),
-        (ODD, 40, 1, True, ROUNDED),
-        (ODD, 40, 1, False, ROUNDED),
+        (PAIRS, None, DecodeCut(1), EXACT),
+        (PAIRS, None, DecodeCut(3), EXACT),
+        (PAIRS, None, DecodeCut(3, keys=32, warps=1, stages=3, early=False), EXACT),
+        (PAIRS, 1, DecodeCut(3), EXACT),
+        (PAIRS, 40, DecodeCut(1), EXACT),
+        (PAIRS, 150, DecodeCut(3), EXACT),
+        (ODD, 150, DecodeCut(4), EXACT),
+        (EQUAL, None, DecodeCut(2), EXACT),
+        (PAIRS, None, DecodeCut(3), ROUNDED),
+        (ODD, 40, DecodeCut(1, keys=64, warps=2), ROUNDED),
+        (ODD, 40, DecodeCut(1, keys=32, warps=1, stages=3, early=False), ROUNDED),
     ],
 )
 def test_a_new_token_sees_itself_and_what_is_cached(
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-    heads: Heads,
-    window: int | None,
-    splits: int,
-    early: bool,
-    dtype: torch.dtype,
+    device: torch.device, heads: Heads, window: int | None, cut: DecodeCut, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(attention, "MOST_EARLY", 512 if early else 0)
     query, kv, dim = heads
     cached = [0, 15, 300, 16, 131]  # the fourth row only fills the batch up
     table_of = [1, 0, 2, -1, 4]
@@ -132,7 +131,7 @@ def test_a_new_token_sees_itself_and_what_is_cached(
         [[*table, *[0] * (width - len(table))] for table in by_sequence], dtype=torch.int32
     ).to(device)
     position_T = torch.tensor(cached, device=device)
-    scratch = attention.DecodeScratch(len(cached), query, kv, dim, splits, device)
+    scratch = DecodeScratch(cut, len(cached), query, kv, dim, device)
     scratch.sums.fill_(torch.nan)
     scratch.totals.fill_(torch.nan)
     angles = rotary(dim, device)
@@ -195,7 +194,7 @@ def test_new_tokens_of_prompts_see_what_lies_before_them(
     split_keys: int,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(spans_module, "SPLIT_KEYS", split_keys)
+    monkeypatch.setattr(attention_cuts, "SPLIT_KEYS", split_keys)
     query, kv, dim = heads
     counts = [SPAN_TOKENS + 7, 1, 1, 9]
     contexts = [SPAN_TOKENS + 7, 1, 100, 160]

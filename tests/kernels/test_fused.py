@@ -15,7 +15,7 @@ import moeruntime.engine
 from cuda_stand_ins import build_fused, build_reference
 from kernel_fixtures import ON_CPU, ON_CUDA, Allow
 from moeruntime import Engine, Request, SamplingParams, synthetic
-from moeruntime.kernels import spans as spans_module
+from moeruntime.kernels import attention_cuts
 from moeruntime.loading import Loader, load_experts
 from moeruntime.models import Batch, Decoder, step_buffers
 from moeruntime.models import fused as fused_decoder
@@ -108,7 +108,7 @@ def test_prompts_and_decodes_of_mixed_variants(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, model: str, code: str, dtype: str
 ) -> None:
     """Three sequences of two variants: prompts, decodes, and a prompt beside decodes."""
-    monkeypatch.setattr(spans_module, "SPLIT_KEYS", 8)
+    monkeypatch.setattr(attention_cuts, "SPLIT_KEYS", 8)
     source = SyntheticSource(model, num_variants=3, code=code)
     with Engine(source, device=device.type, dtype=dtype, max_sequences=8) as engine:
         cache = engine.model.cache

@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from moeruntime.codes import NestedCode, PrivateCode
+from moeruntime.kernels.attention_cuts import (
+    MOST_SPLITS,
+    SPAN_TOKENS,
+    SPLIT_PROGRAMS,
+    DecodeCut,
+    SpanCut,
+)
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import MAX_FACES, Cut, is_fast
 from moeruntime.kernels.shapes import tile_rows
-from moeruntime.kernels.spans import SPAN_TOKENS, SPLIT_PROGRAMS, SpanCut
 from moeruntime.kernels.strips import lay_in_strips
 from moeruntime.models.step_buffers import BATCH_SIZES, StepShapes, batch_sizes
 
@@ -112,7 +118,17 @@ def test_tiles_cover_each_run_once_and_never_two_slots() -> None:
         }
 
 
-# -- attention of prompts --------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
+
+
+def test_few_decodes_are_cut_along_their_contexts() -> None:
+    for num_kv_heads in (1, 2, 8, 32):
+        cuts = {size: DecodeCut.of(size, num_kv_heads) for size in BATCH_SIZES}
+        for size, cut in cuts.items():
+            programs = size * num_kv_heads * cut.splits
+            assert cut.splits == 1 or programs <= SPLIT_PROGRAMS
+            assert cut.splits in (1, MOST_SPLITS) or 2 * programs > SPLIT_PROGRAMS
+            assert cut.early == (programs <= 2 * SPLIT_PROGRAMS)
 
 
 @pytest.mark.parametrize("window", [None, 100, 5000])
@@ -151,8 +167,8 @@ def test_pieces_are_of_all_tokens_that_are_not_alone(
 def test_only_long_contexts_of_few_programs_are_split() -> None:
     cut = SpanCut.of(32, 8, None)
     assert cut.pieces([(0, 20, 20)]) == [(0, 0, 0, 1)]
-    assert cut.pieces([(0, 20, 1040)]) == [(0, 0, 0, 2), (0, 0, 1, 2)]
-    assert len(cut.pieces([(0, 20, 8000)])) == 15
+    assert cut.pieces([(0, 20, 520)]) == [(0, 0, 0, 2), (0, 0, 1, 2)]
+    assert len(cut.pieces([(0, 20, 5000)])) == 19
     assert len(cut.pieces([(0, 20, 32000)])) == SPLIT_PROGRAMS // 8
     assert len(cut.pieces([(0, 1024, 8000)])) == 32, "they fill a device as they are"
 

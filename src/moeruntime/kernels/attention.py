@@ -16,17 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeruntime.kernels.attention_cuts import SPAN_TOKENS, DecodeScratch, SpanCut, SpanScratch
 from moeruntime.kernels.chain import begin_chained, chained
-from moeruntime.kernels.spans import SPAN_TOKENS, SpanCut, Spans, SpanScratch
+from moeruntime.kernels.spans import Spans
 
-__all__ = ["DecodeScratch", "decode_attention", "rotate_and_store", "span_attention"]
-
-STEP, STAGES = 128, 2
-"""Keys that a decode takes at a time, and how many steps ahead it reads."""
-
-MOST_EARLY = 512
-"""Where a decode has no more programs, most run at once, and fetch their first keys early. Holding
-them in registers is what it costs, which is more than it brings where programs take turns."""
+__all__ = ["decode_attention", "rotate_and_store", "span_attention"]
 
 ROTATED_HEADS = 16
 """Heads of a token that a program of `rotate_and_store` takes."""
@@ -107,27 +101,6 @@ def rotate_and_store(
         Q=num_query, KV=num_kv, D=head_dim, HALF=triton.next_power_of_2(head_dim // 2),
         HEADS=ROTATED_HEADS, num_warps=2, **chained(qkv_TC.device),
     )  # fmt: skip
-
-
-class DecodeScratch:
-    """Where splits leave their sums; reused by every layer of a step."""
-
-    def __init__(
-        self,
-        max_sequences: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        splits: int,
-        device: torch.device,
-    ) -> None:
-        """Allocate for `splits` of every (sequence, key-value head)."""
-        self.splits = splits
-        heads = (max_sequences, splits, num_heads)
-        self.sums = torch.zeros(*heads, head_dim, dtype=torch.float32, device=device)
-        self.totals = torch.zeros(2, *heads, dtype=torch.float32, device=device)
-        # Each combining split puts its counter back to 0.
-        self.arrived = torch.zeros(max_sequences, num_kv_heads, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -316,17 +289,16 @@ def decode_attention(
     block, num_kv, head_dim = keys.shape[1:]
     num_query = out_TC.shape[1] // head_dim
     assert num_query // num_kv <= 16
-    exact = qkv_TC.dtype == torch.float32
-    _decode_kernel[(num_tokens, num_kv, scratch.splits)](
+    cut, exact = scratch.cut, qkv_TC.dtype == torch.float32
+    _decode_kernel[(num_tokens, num_kv, cut.splits)](
         qkv_TC, position_T, table_T, tables_SB, *rotary, keys, values, out_TC,
         scratch.sums, scratch.totals, scratch.arrived,
         tables_SB.stride(0), scratch.totals.stride(0), sliding_window or 2**30, head_dim**-0.5,
         Q=num_query, KV=num_kv, D=head_dim, HALF=max(16, triton.next_power_of_2(head_dim // 2)),
         DIM=max(16, triton.next_power_of_2(head_dim)), G=num_query // num_kv, BLOCK=block,
-        STEP=STEP // 2 if exact else STEP,
-        SPLITS=scratch.splits, EARLY=num_tokens * num_kv * scratch.splits <= MOST_EARLY,
-        PRECISION="ieee" if exact else "tf32",
-        num_warps=4, num_stages=1 if exact else STAGES, **chained(qkv_TC.device),
+        STEP=min(cut.keys, 64) if exact else cut.keys,
+        SPLITS=cut.splits, EARLY=cut.early, PRECISION="ieee" if exact else "tf32",
+        num_warps=cut.warps, num_stages=1 if exact else cut.stages, **chained(qkv_TC.device),
     )  # fmt: skip
 
 

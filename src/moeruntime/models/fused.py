@@ -28,10 +28,11 @@ from moeruntime.kernels import (
     nested_fast,
     norms,
 )
+from moeruntime.kernels.attention_cuts import SpanCut, SpanScratch
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows, FacePart, is_fast
 from moeruntime.kernels.shapes import Shape
-from moeruntime.kernels.spans import SpanCut, SpanScratch, to_device
+from moeruntime.kernels.spans import to_device
 from moeruntime.kv_cache import KVCache
 from moeruntime.models.batch import Batch
 from moeruntime.models.experts import DensePool, ExpertPool, NestedPool

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moeruntime.families import DecoderConfig
 from moeruntime.kernels import attention
-from moeruntime.kernels.attention import DecodeScratch
-from moeruntime.kernels.spans import Spans, SpanScratch
+from moeruntime.kernels.attention_cuts import DecodeCut, DecodeScratch, SpanScratch
+from moeruntime.kernels.spans import Spans
 from moeruntime.kv_cache import KVCache
 
 __all__ = ["SOME_DECODES", "LoneTokens", "PromptTokens", "StepAttention", "decode_scratch"]
@@ -132,8 +132,7 @@ class StepAttention:
 def decode_scratch(
     config: DecoderConfig, num_sequences: int, *, fewest: int, device: torch.device
 ) -> DecodeScratch:
-    """For up to `num_sequences`, with splits enough to fill a device if there are `fewest`."""
-    splits = max(1, min(16, 256 // (fewest * config.num_kv_heads)))
-    return DecodeScratch(
-        num_sequences, config.num_heads, config.num_kv_heads, config.head_dim, splits, device
-    )
+    """For up to `num_sequences`, cut as is best for `fewest`."""
+    kv = config.num_kv_heads
+    cut = DecodeCut.of(fewest, kv)
+    return DecodeScratch(cut, num_sequences, config.num_heads, kv, config.head_dim, device)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moeruntime.families import DecoderConfig
+from moeruntime.kernels.attention_cuts import SpanCut, SpanScratch
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import ByteRows
 from moeruntime.kernels.shapes import Shape
-from moeruntime.kernels.spans import SpanCut, SpanScratch
 from moeruntime.kv_cache import blocks_for
 
 __all__ = [
