@@ -232,3 +232,7 @@ def test_a_step_of_any_size_is_cut_somehow(exact: bool) -> None:
         shapes = StepShapes.of(size, exact=exact)
         assert shapes.qkv.tokens == shapes.o.tokens == shapes.head.tokens, "they share their tiles"
         assert shapes.head.parts == shapes.qkv.parts == 1
+        for one in (shapes.qkv, shapes.o, shapes.gate_up, shapes.down, shapes.head):
+            rows = one.rows * (2 if one is shapes.gate_up else 1)
+            ahead = (one.stages - 1) * one.step * (rows + one.tokens) * (4 if exact else 2)
+            assert ahead <= 99 * 1024, "which is what a program has on devices with the least"
