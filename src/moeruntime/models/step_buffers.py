@@ -96,8 +96,8 @@ class StepShapes:
 
 
 _SMALL = StepShapes(
-    qkv=Shape(rows=32, step=128, tokens=16, stages=6),
-    o=Shape(rows=32, step=256, tokens=16, parts=2),
+    qkv=Shape(rows=64, step=128, tokens=16, stages=5),
+    o=Shape(rows=64, step=128, tokens=16, parts=2),
     gate_up=Shape(rows=64, step=128, tokens=16, stages=3),
     down=Shape(rows=128, step=128, tokens=16, parts=4, stages=3),
     head=Shape(rows=64, step=128, tokens=16),
