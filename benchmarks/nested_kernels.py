@@ -28,10 +28,13 @@ CUTS = [Cut(tiles, turns) for tiles in (1, 2, 4) for turns in (1, 4)]
 CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)] + [
     Cut(8, many=True, meet=32, meeting=tiles) for tiles in (8, 12)
 ]
+CUTS += [Cut(tiles, wide=True) for tiles in (4, 8, 12, 16)]
 
 
 def way_of(cut: Cut) -> str:
     """How it is printed: the kernel, or its turns."""
+    if cut.wide:
+        return "wide"
     return f"meet{cut.meeting}" if cut.meet else "many" if cut.many else str(cut.turns)
 
 
@@ -96,11 +99,11 @@ def main() -> None:
                 best: list[tuple[float, Cut]] = []
                 chosen = Cut.of(batch * K, num_faces, hopper=hopper, faces_a_slot=faces_a_slot)
                 for cut in dict.fromkeys(
-                    [chosen, *(one for one in CUTS if hopper or not one.many)]
+                    [chosen, *(one for one in CUTS if hopper or not one.tiled)]
                 ):
                     if batch * K / num_faces > 16 * cut.tokens:
                         continue
-                    num_parts = 1 if cut.many else nested_fast.down_parts(down, lists, batch * K)
+                    num_parts = 1 if cut.tiled else nested_fast.down_parts(down, lists, batch * K)
                     out = torch.empty(batch * K, num_parts, H, device=DEVICE)
 
                     def work() -> int:

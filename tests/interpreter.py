@@ -58,7 +58,7 @@ class Launches:
         self._has_to_wait = False
         self._waited = True
         self._written: list[NDArray[np.uint64]] = []  # by this kernel
-        self._not_yet = NOWHERE  # what the one before it wrote
+        self._not_yet = NOWHERE  # what the one before it wrote, in order
 
     def allow(self, tensors: Iterable[Tensor]) -> None:
         """Let kernels touch these, whose addresses they find in other tensors."""
@@ -78,7 +78,7 @@ class Launches:
         bounds = np.array(merged, dtype=np.uint64).reshape(-1, 2)
         self._starts, self._stops = bounds[:, 0].copy(), bounds[:, 1].copy()
         self._has_to_wait, self._waited = chained, True
-        self._not_yet = np.unique(np.concatenate([NOWHERE, *self._written]))
+        self._not_yet = np.sort(np.concatenate([NOWHERE, *self._written]))
         self._written = []
         with np.errstate(all="ignore"):  # a GPU says nothing of what a mask then leaves out
             yield
@@ -113,8 +113,10 @@ class Launches:
             return
         if writes:
             self._written.append(wanted)
-        early = not self._waited and np.isin(wanted, self._not_yet).any()
-        assert not early, "memory is read before what came before is complete"
+        if not self._waited and len(self._not_yet):
+            nearest = np.searchsorted(self._not_yet, wanted).clip(max=len(self._not_yet) - 1)
+            early = self._not_yet[nearest] == wanted
+            assert not early.any(), "memory is read before what came before is complete"
         assert len(self._starts), "there is nothing to be touched"
         run = np.searchsorted(self._starts, wanted, side="right").astype(np.int64) - 1
         inside = (run >= 0) & (wanted + np.uint64(num_bytes) <= self._stops[run])

@@ -30,9 +30,12 @@ def warm_up(engine: Engine) -> None:
     room = min(config.max_context, engine.memory.num_blocks * BLOCK_TOKENS) - few
     # How many tokens a step has decides which kernels serve its experts, and how many variants.
     # None is for less than 1.5 times as many tokens as its fewest, so these meet them all.
-    limits = [pairs // config.top_k for pairs in (most_pairs(engine.device), FEW_PAIRS)]
+    pairs = most_pairs(engine.device, config.num_experts), FEW_PAIRS
+    limits = [one // config.top_k for one in pairs]
     lengths = {first << k for first in (few, few + 1) for k in range(max(limits).bit_length())}
     lengths |= {limit + more for limit in limits for more in (0, 1)}
-    for length in sorted({min(length, room) for length in lengths if length <= max(limits) + 1}):
+    most = max(limits) + 1
+    for length in sorted({min(length, room) for length in lengths if length <= most}):
         for some in dict.fromkeys((names, names[:3], names[:1])):
-            engine.generate([Request(name, [0] * length, sampled) for name in some])
+            if len(some) == 1 or len(some) * length <= most:
+                engine.generate([Request(name, [0] * length, sampled) for name in some])

@@ -41,6 +41,8 @@ INSTRUCTIONS = {
     "cp.async.commit_group": "nothing",  # all are waited for
     "cp.async.wait_group 0": "copy_wait_all",
     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32": "warp_product",
+    "fma.rn.bf16x2": "two_times_plus",
+    "cvt.rn.bf16x2.f32": "two_rounded",
     "wgmma.fence": "nothing",
     "wgmma.commit_group": "products_commit",
     "wgmma.wait_group": "products_wait",
@@ -55,6 +57,14 @@ PRODUCT = """\
 template <int T> struct Product {
     static void start(int (&c)[4 * T], const u32 *a, u64 b, int add) {
         emulated::start_product<T>(c, a, b, add);
+    }
+};
+"""
+
+WIDE_PRODUCT = """\
+template <int T> struct WideProduct {
+    static void start(float (&c)[4 * T], const u32 *a, u64 b, int add) {
+        emulated::start_wide_product<T>(c, a, b, add);
     }
 };
 """
@@ -150,12 +160,16 @@ def _translated() -> Path:
 def _translate(source: str) -> str:
     """CUDA C++ as C++ that `device.hpp` completes."""
     source = re.sub(r"//.*", "", source)
-    source = re.sub(
-        r"template <int T> struct Product;.*?(?=__device__[^\n]* void fence_registers)",
-        lambda match: PRODUCT,
-        source,
-        flags=re.DOTALL,
-    )
+    for name, following, product in (
+        ("Product", "void fence_registers", PRODUCT),
+        ("WideProduct", "u64 wide_descriptor", WIDE_PRODUCT),
+    ):
+        source = re.sub(
+            rf"template <int T> struct {name};.*?(?=__device__[^\n]* {following})",
+            lambda match, product=product: product,
+            source,
+            flags=re.DOTALL,
+        )
     source = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];",
         r"\1 *const \2 = emulated::shared_memory;",

@@ -64,11 +64,12 @@ struct Copy { // that has not happened yet
     uint32_t bytes, barrier;
 };
 struct WarpgroupProduct { // c (+)= a, of all lanes, times columns of b
-    int *c;
+    void *c;
     const uint32_t *a;
     uint64_t b;
     bool add;
     int columns;
+    bool wide; // 16 numbers in bfloat16 a row and column, in place of 32 integers of 8 bits
 };
 struct Thread {
     jmp_buf at; // where it gave way
@@ -218,6 +219,30 @@ inline void warp_product(int &c0, int &c1, int &c2, int &c3, uint32_t a0, uint32
     c0 = found[0], c1 = found[1], c2 = found[2], c3 = found[3];
 }
 
+inline float number(const uint8_t *bfloat16) {
+    uint32_t bits = bfloat16[0] << 16 | bfloat16[1] << 24;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t bfloat16(double value) { // the nearest, whatever lies between in float32
+    float near = (float)value;
+    uint32_t bits;
+    std::memcpy(&bits, &near, 4);
+    const double error = value - near;
+    if (error != 0 && (bits & 0xFFFF) == 0x8000) bits += (error > 0) == (near > 0) ? 1 : -1;
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline void two_times_plus(uint32_t &out, uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t found = 0;
+    for (int i = 0; i < 2; i++) {
+        auto of = [i](uint32_t two) { return (double)number((const uint8_t *)&two + 2 * i); };
+        found |= bfloat16(of(a) * of(b) + of(c)) << 16 * i;
+    }
+    out = found;
+}
+inline void two_rounded(uint32_t &out, float upper, float lower) { out = bfloat16(upper) << 16 | bfloat16(lower); }
+
 inline void multiply(const WarpgroupProduct &product) { // by all of a warpgroup
     rows_of[running] = product.a;
     meet_warpgroup();
@@ -231,15 +256,23 @@ inline void multiply(const WarpgroupProduct &product) { // by all of a warpgroup
     for (int eight = 0; eight < product.columns / 8; eight++)
         for (int i = 0; i < 4; i++) {
             const int row = 2 * (lane % 4) + i % 2;
-            int sum = product.add ? product.c[4 * eight + i] : 0;
+            int &c = ((int *)product.c)[4 * eight + i];
+            float &wide_c = ((float *)product.c)[4 * eight + i];
+            int sum = product.add ? c : 0;
+            float wide_sum = product.add ? wide_c : 0;
             // Addresses are of a window of 256 KB, whose bits 4 to 6 are exchanged with bits 7 to 9.
             const uint32_t begin = first + eight * stride + row * 128;
             for (int k = 0; k < 32; k += 16) {
                 const uint32_t from = begin + k;
-                const int8_t *const b = (const int8_t *)at(from ^ (from >> 7 & 7) << 4, 16);
-                for (int j = 0; j < 16; j++) sum += ((const uint8_t *)a[i / 2])[k + j] * b[j];
+                const uint8_t *const b = at(from ^ (from >> 7 & 7) << 4, 16);
+                const uint8_t *const mine = (const uint8_t *)a[i / 2] + k;
+                if (product.wide)
+                    for (int j = 0; j < 8; j++) wide_sum += number(mine + 2 * j) * number(b + 2 * j);
+                else
+                    for (int j = 0; j < 16; j++) sum += mine[j] * (int8_t)b[j];
             }
-            product.c[4 * eight + i] = sum;
+            if (product.wide) wide_c = wide_sum;
+            else c = sum;
         }
     meet_warpgroup();
 }
@@ -249,10 +282,22 @@ inline bool is_late(const Thread &me) { // all of a warpgroup say the same
 template <int T> void start_product(int (&c)[4 * T], const uint32_t *a, uint64_t b, int add) {
     Thread &me = threads[running];
     if (me.products.empty()) me.products.emplace_back();
-    const WarpgroupProduct product = {c, a, b, add != 0, 8 * T};
+    const WarpgroupProduct product = {c, a, b, add != 0, 8 * T, false};
     if (!is_late(me)) return multiply(product);
     if (!add)
         for (int &one : c) one = 0x5A5A5A5A;
+    me.products.back().push_back(product);
+}
+// These add to the same sums, one after the other.
+template <int T> void start_wide_product(float (&c)[4 * T], const uint32_t *a, uint64_t b, int add) {
+    Thread &me = threads[running];
+    if (me.products.empty()) me.products.emplace_back();
+    bool waits = is_late(me);
+    for (const auto &group : me.products) waits = waits || !group.empty();
+    const WarpgroupProduct product = {c, a, b, add != 0, 8 * T, true};
+    if (!waits) return multiply(product);
+    if (!add)
+        for (float &one : c) one = NAN;
     me.products.back().push_back(product);
 }
 inline void products_commit() {
@@ -394,6 +439,19 @@ inline float __uint_as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) {
+    return (uint32_t)(((uint64_t)high << 32 | low) >> (by & 31));
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    uint32_t found = 0;
+    for (int i = 0; i < 4; i++) found |= (uint32_t)(((uint64_t)high << 32 | low) >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+    return found;
 }
 inline uint64_t __cvta_generic_to_shared(const uint8_t *at) {
     return emulated::SHARED_AT + (at - emulated::shared_memory);

@@ -19,6 +19,7 @@ CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2))),
     *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
+    *(Cut(tiles, wide=True) for tiles in (4, 8, 12, 16)),
     *(Cut(8, many=True, meet=most, meeting=tiles) for most in (16, 1000) for tiles in (8, 12)),
 ]
 

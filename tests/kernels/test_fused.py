@@ -168,6 +168,32 @@ def test_prompts_and_decodes_of_mixed_variants(
             at = tuple(start + count for start, count in zip(at, counts, strict=True))
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)], indirect=True)
+@pytest.mark.parametrize("code", ["4+0", "4+1", "4+2", "4+3"])
+def test_a_prompt_of_many_tokens_a_face(device: torch.device, code: str) -> None:
+    """Beside one of another variant whose faces get as many."""
+    source = SyntheticSource("fast", num_variants=2, code=code)
+    counts = (400, 500)
+    with Engine(source, device=device.type, dtype="bfloat16", max_sequences=2) as engine:
+        reference, rng = load_reference(engine), random.Random(3)
+        vocab_size = source.manifest.config.vocab_size
+        for name in ("v0", "v1"):
+            assert engine.residency.admit(name)
+        step = [
+            Span(
+                engine.residency.slot(f"v{idx}"),
+                idx,
+                rng.choices(range(vocab_size), k=count),
+                0,
+                list(range(idx * 32, idx * 32 + 32)),
+            )
+            for idx, count in enumerate(counts)
+        ]
+        batch = Batch.build(sorted(step, key=lambda span: span.slot), engine.device)
+        actual_TH, expected_TH = engine.model.forward(batch), reference.forward(batch)
+        assert_alike(actual_TH, expected_TH, "bfloat16")
+
+
 def test_codes_are_decoded_a_few_faces_at_a_time(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

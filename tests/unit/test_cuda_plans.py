@@ -51,10 +51,13 @@ def test_an_engine_on_a_cpu_needs_no_triton() -> None:
 @pytest.mark.parametrize("hopper", [False, True])
 def test_a_step_is_cut_by_how_many_tokens_a_face_has(num_faces: int, hopper: bool) -> None:
     cuts = [Cut.of(2 * batch, num_faces, hopper=hopper) for batch in BATCH_SIZES]
-    assert not cuts[0].many, "one token"
-    assert cuts[-1].many == hopper
+    assert not cuts[0].tiled, "one token"
+    assert cuts[-1].tiled == hopper
+    assert cuts[-1].wide == (hopper and num_faces == 8)
     for cut, batch in zip(cuts, BATCH_SIZES, strict=True):
-        assert cut.tiles in ((2, 4, 8, 12) if cut.many else (1, 2, 4))
+        assert not (cut.many and cut.wide)
+        kinds = {cut.many: (2, 4, 8, 12), cut.wide: (4, 8, 12, 16)}
+        assert cut.tiles in kinds.get(True, (1, 2, 4))
         assert cut.tokens * 8 >= 2 * batch / num_faces, "a face has few programs"
 
 

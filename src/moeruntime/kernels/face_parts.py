@@ -17,12 +17,14 @@ from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels.face_lists import FaceLists
 
 __all__ = [
+    "FEW_PAIRS",
     "GROUP",
     "LARGE_MEETING",
     "MANY_ROWS",
     "MANY_THREADS",
     "MEETING_ROWS",
     "MEETING_THREADS",
+    "MOST_A_FACE",
     "MOST_PROGRAMS",
     "PROGRAMS_AT_ONCE",
     "ROWS",
@@ -30,6 +32,9 @@ __all__ = [
     "TILE",
     "UNIT_WORDS",
     "WARPS",
+    "WIDE_ROWS",
+    "WIDE_THREADS",
+    "WIDE_TILE",
     "ByteRows",
     "Cut",
     "FacePart",
@@ -45,8 +50,12 @@ PROGRAMS_AT_ONCE = 4
 MANY_THREADS, MANY_ROWS = 384, 128
 """Threads of a program of `nested_many.cu`, and rows that it takes at a time."""
 
-TILE = 4
-"""Tokens that are multiplied side by side, and a tile of a unit or meeting is made of."""
+WIDE_THREADS, WIDE_ROWS = 384, 128
+"""Threads of a program of `nested_wide.cu`, and rows that it takes at a time."""
+
+TILE, WIDE_TILE = 4, 8
+"""Tokens that are multiplied side by side, and a tile of a unit or meeting is made of; those of
+`nested_wide.cu`."""
 
 GROUP = 128
 """Columns that have one scale, as the kernel wants it."""
@@ -73,8 +82,13 @@ FEW_TO_MEET, MORE_TO_MEET, MANY_TO_MEET, MOST_TO_MEET = 1.5, 5.0, 9.0, 32
 """On a Hopper device `nested_meetings.cu` serves between so many tokens of a face, on average, in
 large meetings from so many on; and no face that has more than so many."""
 
-FEW_A_FACE = 3
-"""On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average."""
+FEW_A_FACE, MANY_A_FACE, MOST_A_FACE = 3, 48, 512
+"""On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average; where
+there are more than so many `nested_wide.cu` does; and where more than so many codes are decoded
+first."""
+
+FEW_PAIRS = 512
+"""On other devices `nested_fast.cu` serves a step of so many (token, choice) pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +138,11 @@ class Cut:
     """How a step is cut into programs.
 
     Attributes:
-        tiles: of four tokens, that a program has at most.
+        tiles: of four tokens, of eight where it is wide, that a program has at most.
         turns: that a program of gate_up takes, one run of rows after another.
         many: `nested_many.cu`, for which tiles are 2, 4, 8 or 12 and turns 1, in place of
             `nested_fast.cu`, for which they are 1, 2 or 4.
+        wide: `nested_wide.cu`, for which tiles are 4, 8, 12 or 16 and turns 1.
         meet: before `nested_many.cu`, `nested_meetings.cu` serves faces of a slot together that
             have up to so many tokens each.
         meeting: tiles of them at a time, SMALL_MEETING or LARGE_MEETING.
@@ -136,13 +151,24 @@ class Cut:
     tiles: int
     turns: int = 1
     many: bool = False
+    wide: bool = False
     meet: int = 0
     meeting: int = SMALL_MEETING
 
     @property
+    def tile(self) -> int:
+        """Tokens of one."""
+        return WIDE_TILE if self.wide else TILE
+
+    @property
     def tokens(self) -> int:
         """Of a program, at most."""
-        return TILE * self.tiles
+        return self.tile * self.tiles
+
+    @property
+    def tiled(self) -> bool:
+        """Whether tokens lie in tiles."""
+        return self.many or self.wide
 
     @classmethod
     def of(cls, num_pairs: int, num_faces: int, *, hopper: bool, faces_a_slot: float = 1.0) -> Cut:
@@ -158,10 +184,13 @@ class Cut:
         if hopper and faces_a_slot > 2 and FEW_TO_MEET <= a_face <= MANY_TO_MEET:
             meeting = SMALL_MEETING if a_face < MORE_TO_MEET else LARGE_MEETING
             return cls(8, many=True, meet=MOST_TO_MEET, meeting=meeting)
+        if hopper and a_face > MANY_A_FACE:
+            return cls(16, wide=True)
         # All tokens may be of one variant: then there are many for each of its faces.
         if hopper and a_face >= FEW_A_FACE:
-            large = 24 < a_face <= 48 or a_face > 72  # tiles that are not full are what tells
-            return cls(12 if large else 8, many=True)
+            return cls(
+                12 if a_face > 24 else 8, many=True
+            )  # tiles that are not full are what tells
         tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
         turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
         return cls(tiles, turns)
@@ -182,7 +211,8 @@ class ByteRows:
         device = lists.weights_TK.device
         num_pairs = num_tokens * lists.weights_TK.shape[1]
         # In tiles, and one more: a tile of a meeting that is empty is copied, from wherever it is.
-        columns = TILE * (lists.num_tiles(num_pairs, TILE) + 1) * max(hidden, inner)
+        rows = max(tile * (lists.num_tiles(num_pairs, tile) + 1) for tile in (TILE, WIDE_TILE))
+        columns = rows * max(hidden, inner)
         self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
         self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
         self.units = torch.empty(2 * UNIT_WORDS * num_pairs, dtype=torch.int32, device=device)

@@ -1,9 +1,10 @@
 """The experts of a step over nested codes, at the speed of their bytes.
 
-`nested_fast.cu` serves few tokens of a face; on a Hopper device `nested_many.cu` serves many, and
-`nested_meetings.cu` faces of a slot together. For the codes and shapes of real models (`is_fast`);
-`nested` serves all others. Activations go in and out as float32; inside they are integers of 15
-bits, in groups with a scale each, as `nested_halves.cu` makes them.
+`nested_fast.cu` serves few tokens of a face; on a Hopper device `nested_many.cu` serves many,
+`nested_wide.cu` very many, and `nested_meetings.cu` faces of a slot together. For the codes and
+shapes of real models (`is_fast`); `nested` serves all others. Activations go in and out as float32;
+inside they are integers of 15 bits, in groups with a scale each, or bfloat16 where they are very
+many, as `nested_halves.cu` makes them.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import (
+    FEW_PAIRS,
     GROUP,
     MANY_ROWS,
     MANY_THREADS,
     MEETING_ROWS,
     MEETING_THREADS,
+    MOST_A_FACE,
     MOST_PROGRAMS,
     PROGRAMS_AT_ONCE,
     ROWS,
     TILE,
     WARPS,
+    WIDE_ROWS,
+    WIDE_THREADS,
+    WIDE_TILE,
     ByteRows,
     Cut,
     FacePart,
@@ -38,6 +44,7 @@ __all__ = ["down", "down_parts", "gate_up", "most_pairs"]
 SOURCE = Path(__file__).with_suffix(".cu")
 HALVES_SOURCE = SOURCE.with_name("nested_halves.cu")
 MANY_SOURCE = SOURCE.with_name("nested_many.cu")
+WIDE_SOURCE = SOURCE.with_name("nested_wide.cu")
 MEETINGS_SOURCE = SOURCE.with_name("nested_meetings.cu")
 
 MIN_STAGES, MAX_STAGES = 2, 4
@@ -52,6 +59,9 @@ MAX_SHARED_BYTES = 227 * 1024
 TOKEN_SLOTS = 2
 """Of the ring that a program of `nested_meetings.cu` copies tokens into."""
 
+WIDE_CODE_SLOTS, MAX_TOKEN_SLOTS = 2, 8
+"""Of the rings of a program of `nested_wide.cu`."""
+
 
 def down_parts(part: FacePart, lists: FaceLists, num_pairs: int) -> int:
     """In how many parts `down` is fastest: two, unless all of its programs just run at once."""
@@ -59,12 +69,12 @@ def down_parts(part: FacePart, lists: FaceLists, num_pairs: int) -> int:
     places = PROGRAMS_AT_ONCE * _device(part.scale_SRG.device)[0]
     at_once = places // 2 < num_programs <= places
     can_part = part.num_columns // (8 * GROUP) % 2 == 0
-    return 2 if can_part and not at_once and not _cut(part, lists, num_pairs).many else 1
+    return 2 if can_part and not at_once and not _cut(part, lists, num_pairs).tiled else 1
 
 
-def most_pairs(device: torch.device) -> int:
-    """For a step of more (token, choice) pairs it is faster to decode its experts first."""
-    return 2048 if _device(device)[1] else 512
+def most_pairs(device: torch.device, num_faces: int) -> int:
+    """For more (token, choice) pairs of so many faces it is faster to decode their codes first."""
+    return MOST_A_FACE * num_faces if _device(device)[1] else FEW_PAIRS
 
 
 def gate_up(
@@ -99,7 +109,7 @@ def down(
     num_pairs, num_parts = out_MSH.shape[:2]
     cut = _fitting(part, cut or _cut(part, lists, num_pairs))
     if num_parts > 1:
-        assert not cut.many and part.num_columns // (8 * GROUP) % num_parts == 0
+        assert not cut.tiled and part.num_columns // (8 * GROUP) % num_parts == 0
     _Product(x_MI, part, lists, layer, scratch, num_pairs, out_MSH, num_parts, cut).launch()
 
 
@@ -123,7 +133,9 @@ class _Product:
         self._make_integers()
         if self._most_to_meet:
             self._serve_meetings()
-        if self.cut.many:
+        if self.cut.wide:
+            self._serve_wide()
+        elif self.cut.many:
             self._serve_many()
         else:
             self._serve_few()
@@ -139,8 +151,8 @@ class _Product:
 
     @property
     def _num_tiles(self) -> int:
-        """Of four tokens of a face."""
-        return self.lists.num_tiles(self.num_pairs, TILE)
+        """Of tokens of a face."""
+        return self.lists.num_tiles(self.num_pairs, self.cut.tile)
 
     @property
     def _meetings(self) -> Tensor:
@@ -155,10 +167,11 @@ class _Product:
     def _make_integers(self) -> None:
         """And list what is to be done with them."""
         part, cut, lists, scratch = self.part, self.cut, self.lists, self.scratch
-        num_rows = TILE * self._num_tiles if cut.many else len(self.x)
+        num_rows = cut.tile * self._num_tiles if cut.tiled else len(self.x)
         groups_a_row = part.num_columns // GROUP
         num_cuts = len(scratch.arrived) if self._most_to_meet else 0
-        compile_kernel(HALVES_SOURCE, "halves", (("TILED", int(cut.many)),))(
+        defines = (("TILED", 2 if cut.wide else int(cut.many)), ("TILE_TOKENS", cut.tile))
+        compile_kernel(HALVES_SOURCE, "halves", defines)(
             (-(-num_rows * groups_a_row // 4) + 1, 1, 1),
             128,
             (
@@ -192,6 +205,21 @@ class _Product:
         compile_kernel(MANY_SOURCE, "nested_many", (*self._defines(), ("STAGES", stages)))(
             (min(most_work, self._num_multiprocessors), 1, 1),
             MANY_THREADS,
+            self._of_tiles(self.scratch.units),
+            shared_bytes=shared_bytes,
+        )
+
+    def _serve_wide(self) -> None:
+        token_slots, shared_bytes = _wide_rings(self.part, self.cut)
+        most_work = self._num_units * (self.part.num_rows // WIDE_ROWS)
+        slots = (
+            ("CODE_SLOTS", WIDE_CODE_SLOTS),
+            ("TOKEN_SLOTS", token_slots),
+            ("TILE_TOKENS", WIDE_TILE),
+        )
+        compile_kernel(WIDE_SOURCE, "nested_wide", (*self._defines(), *slots))(
+            (min(most_work, self._num_multiprocessors), 1, 1),
+            WIDE_THREADS,
             self._of_tiles(self.scratch.units),
             shared_bytes=shared_bytes,
         )
@@ -268,6 +296,16 @@ def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
     stage = codes + _step_bytes(cut.tokens) + BARRIER_BYTES
     stages = min(MAX_STAGES, MAX_SHARED_BYTES // stage)
     return stages, stages * stage
+
+
+def _wide_rings(part: FacePart, cut: Cut) -> tuple[int, int]:
+    """Of a program of `nested_wide`: slots of tokens, as many as fit, and shared bytes in all."""
+    own = 0 if part.num_planes == 0 else 2 if part.wide else 1
+    code_slot = (2 + own + (part.num_planes == 2)) * WIDE_ROWS * GROUP + BARRIER_BYTES
+    token_slot = cut.tokens * GROUP * 2 + BARRIER_BYTES
+    codes = WIDE_CODE_SLOTS * code_slot
+    token_slots = min(MAX_TOKEN_SLOTS, (MAX_SHARED_BYTES - codes) // token_slot)
+    return token_slots, codes + token_slots * token_slot
 
 
 def _meeting_rings(cut: Cut) -> tuple[int, int]:

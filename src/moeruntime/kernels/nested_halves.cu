@@ -37,6 +37,13 @@ __device__ __forceinline__ int pair_at(int place, const int *counts, int num_fac
     return __reduce_max_sync(~0u, found);
 }
 
+// Two numbers in bfloat16, as near as there are.
+__device__ __forceinline__ u32 both_rounded(float first, float second) {
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
 // The first blocks split x, a warp for 128 values, and for each such group note what one of its integers counts and
 // their sum. The last block lists the units, `tokens` of a face each, and the meetings of faces of up to
 // `most_tokens`, and that where these are cut nobody has arrived.
@@ -64,6 +71,16 @@ extern "C" __global__ void __launch_bounds__(MOST_FACES)
         from = pair / top_k;
     }
     const float4 v = ((const float4 *)(x + (from * groups_a_row + group) * GROUP))[lane];
+    if (TILED == 2) {
+        const Columns columns = {groups_a_row * GROUP};
+        const i64 batch = (i64)columns.step_of(group) * BATCHES + columns.batch_of(group);
+        // Of each 16 columns product `lane & 3` of a half wants four, two of which are among its last eight.
+        u8 *const to = (u8 *)out + (batch * (num_rows / TILE) + row / TILE) * TILE_BYTES + (lane >> 4) * (TILE_BYTES / 2) +
+                       (lane >> 2 & 3) * 4;
+        *(u32 *)(to + place_of(row % TILE, 2 * (lane & 3))) = both_rounded(v.x, v.y);
+        *(u32 *)(to + place_of(row % TILE, 2 * (lane & 3) + 1)) = both_rounded(v.z, v.w);
+        return;
+    }
     float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 #pragma unroll
     for (int far = 16; far; far >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, far));

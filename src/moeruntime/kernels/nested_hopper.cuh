@@ -28,6 +28,26 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void *from, int bytes, 
                  : "memory");
 }
 
+// A ring of slots in shared memory: which is next, and how often it went round. A slot's barriers say when it is full
+// and may be read, and when it is empty and may be written.
+template <int SLOTS, int SLOT, int RING_AT, int BARRIERS> struct SlotRing {
+    int slot = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ u32 at() const { return RING_AT + slot * SLOT; }
+    __device__ __forceinline__ u32 full() const { return BARRIERS + 8 * slot; }
+    __device__ __forceinline__ u32 empty() const { return BARRIERS + 8 * (SLOTS + slot); }
+    // By one thread.
+    static __device__ __forceinline__ void init(u32 memory_at, int readers) {
+        for (int i = 0; i < SLOTS; i++) {
+            init_barrier(memory_at + BARRIERS + 8 * i, 1); // and what the copy engine brings
+            init_barrier(memory_at + BARRIERS + 8 * (SLOTS + i), readers);
+        }
+    }
+};
+
 struct Words { // 16 bytes of a lane's two rows, the left and the right half of a group
     uint4 top[2], bottom[2];
     // Of product `i / 4`, its register `i % 4`.
@@ -94,6 +114,10 @@ template <int OPEN> __device__ __forceinline__ void await_products() {
 template <class T, int COUNT> __device__ __forceinline__ void keep_order(T (&c)[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(c[i])::"memory");
+}
+template <int COUNT> __device__ __forceinline__ void keep_order(float (&c)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 // c = the codes of 128 columns in registers times the tokens that an operand says.
 template <int T> __device__ __forceinline__ void start_products(int (&c)[4 * T], const u32 (&a)[16], u64 operand) {

@@ -27,19 +27,8 @@ constexpr int PARTIAL = ROWS * TILES * TILE; // sums of a piece of work
 
 constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
 
-// A ring's slot that is next, and how often it went round. FULL says that it may be read, EMPTY written.
-template <int SLOTS, int SLOT, int RING_AT, int BARRIERS> struct Ring {
-    int slot = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
-    }
-    __device__ __forceinline__ u32 at() const { return RING_AT + slot * SLOT; }
-    __device__ __forceinline__ u32 full() const { return BARRIERS + 8 * slot; }
-    __device__ __forceinline__ u32 empty() const { return BARRIERS + 8 * (SLOTS + slot); }
-};
-typedef Ring<CODE_SLOTS, RUN, 0, BARRIERS_AT> Codes;
-typedef Ring<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
+typedef SlotRing<CODE_SLOTS, RUN, 0, BARRIERS_AT> Codes;
+typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
 
 struct Step : Arguments {
     const Face *faces;
@@ -290,17 +279,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Codes codes;
     Tokens tokens;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < CODE_SLOTS; i++, codes.advance()) {
-            init_barrier(memory_at + codes.full(), 1);
-            init_barrier(memory_at + codes.empty(), WARPS);
-        }
-        for (int i = 0; i < TOKEN_SLOTS; i++, tokens.advance()) {
-            init_barrier(memory_at + tokens.full(), 1);
-            init_barrier(memory_at + tokens.empty(), WARPS);
-        }
+        Codes::init(memory_at, WARPS);
+        Tokens::init(memory_at, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
-    codes = {}, tokens = {};
     __syncthreads();
     const Step of = {{{COLUMNS}, x, groups, num_tiles, plane, scales, pairs, weights, out, num_rows}, faces, partial, arrived};
     // As many registers in all as before: or warps wait for each other for ever.

@@ -21,7 +21,10 @@ struct Unit { // tokens of one face
     int units;         // of the first one: how many there are
 };
 
-constexpr int TILE = 4;        // tokens of a face, side by side; tiles of all faces are numbered, face by face
+#ifndef TILE_TOKENS
+#define TILE_TOKENS 4
+#endif
+constexpr int TILE = TILE_TOKENS; // tokens of a face, side by side; tiles of all faces are numbered, face by face
 constexpr int MOST_TILES = 12; // of faces that meet
 
 __device__ __forceinline__ int tiles_for(int count) { return (count + TILE - 1) / TILE; }

@@ -193,7 +193,7 @@ class FusedDecoder:
         """Add what attention found, and say what experts add to that, as `add_norm` takes it."""
         pool, (num_tokens, hidden) = self.pools[layer], residual_TH.shape
         num_pairs = num_tokens * self.config.top_k
-        by_library = _library_serves(pool, num_pairs, attended_TH.dtype)
+        by_library = _library_serves(pool, num_pairs, lists, attended_TH.dtype)
         kind = attended_TH.dtype if by_library else expert_dtype(pool, attended_TH.dtype)
         x_TH = torch.empty(num_tokens, hidden, dtype=kind, device=attended_TH.device)
         lists.reset()
@@ -336,13 +336,14 @@ def _face_part(pool: NestedPool, idx: int) -> FacePart:
     )
 
 
-def _library_serves(pool: KernelPool, num_pairs: int, dtype: torch.dtype) -> bool:
+def _library_serves(pool: KernelPool, num_pairs: int, lists: FaceLists, dtype: torch.dtype) -> bool:
     """Whether the library's grouped product is the best for a step of so many pairs."""
     if dtype == torch.float32:  # exact steps go through our own kernels
         return False
     if isinstance(pool, DensePool):
         return num_pairs > FEW_PAIRS
-    if pool.fast and num_pairs <= nested_fast.most_pairs(pool.gate_up.scale_SRG.device):
+    wanted = min(num_faces(pool), lists.most_wanted)
+    if pool.fast and num_pairs <= nested_fast.most_pairs(lists.weights_TK.device, wanted):
         return False
     return nested.can_decode(pool.gate_up) and nested.can_decode(pool.down)
 

@@ -1,0 +1,277 @@
+// The experts of a step over nested codes where faces have dozens of tokens and more, on Hopper devices.
+//
+// Weights u (8 H + a L - m), of which the head of `nested_fast.cu` tells, are decoded in registers as
+// `nested.decode_faces` decodes them into memory, to the bit, and multiplied as bfloat16 with tokens in bfloat16. So
+// sums run through all columns, and nothing is added up in between, which is what `nested_many.cu` spends most of its
+// instructions on where tokens are many; unpacking takes twice as many as there.
+//
+// A code's bits become the first ones of a number in [2, 4): h = 2 + H / 8 and l = 2 + 2 L / 2^bits, two numbers a
+// register. With K = 2^bits a + m + 128, the weight is u (64 h + 2^bits a / 2 l - K). Everything in brackets is a
+// multiple of a half below 256, so exact, but for K: what it is rounded by leaves with the last multiplication.
+//
+// A block takes 128 rows (of gate_up 64 neurons' gate and up rows) and up to 8 TILES tokens of a face. There is a block
+// for every multiprocessor, which takes one piece of work after the other. One thread has codes copied into a ring,
+// another has tokens copied into another ring; two warpgroups multiply 64 rows each, and never wait for each other.
+//
+// Compiled with GATE_UP, TILES (of eight tokens: 4, 8, 12 or 16), PLANES (private planes that a face has at most: three
+// bits are two), WIDE (somebody has a private plane of 4 bits), CODE_SLOTS and TOKEN_SLOTS (of the rings).
+
+#include "nested_hopper.cuh"
+
+static_assert(TILE == 8, "tokens lie by eights");
+
+constexpr int ROWS = 128; // of a block
+constexpr int WORKERS = 256, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
+constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a slot
+constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private plane
+constexpr int CODE_SLOT = RUN * (2 + OWN + (PLANES == 2)), TOKEN_SLOT = TILES * TILE_BYTES; // of a step, of a batch
+constexpr int TOKENS_AT = CODE_SLOTS * CODE_SLOT, BARRIERS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
+
+typedef SlotRing<CODE_SLOTS, CODE_SLOT, 0, BARRIERS_AT> Codes;
+typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
+
+// c (+)= rows [64, 16] in registers times tokens [16, 8 T] in shared memory.
+template <int T> struct WideProduct;
+
+#define FIRST_64                                                                                                       \
+    FIRST_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
+
+#define WIDE_PRODUCT(T, COLUMNS, C, A, B, ADD, ...)                                                                    \
+    template <> struct WideProduct<T> {                                                                                \
+        static __device__ __forceinline__ void start(float (&c)[4 * T], const u32 *a, u64 b, int add) {                \
+            asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0;\n"                                                 \
+                         "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" C "}, {" A "}, " B          \
+                         ", p, 1, 1, 0;}"                                                                              \
+                         : __VA_ARGS__                                                                                 \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                              \
+        }                                                                                                              \
+    }
+
+WIDE_PRODUCT(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", F16(0));
+WIDE_PRODUCT(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", F16(0), F16(16));
+WIDE_PRODUCT(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", F16(0), F16(16), F16(32));
+WIDE_PRODUCT(16, "128", FIRST_64, "%64,%65,%66,%67", "%68", "%69", F16(0), F16(16), F16(32), F16(48));
+
+// Of tokens in shared memory: tiles of eight rows of 128 bytes, half of the columns of a batch, whose chunks are
+// exchanged as `place_of` says.
+__device__ __forceinline__ u64 wide_descriptor(u32 at) {
+    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(TILE_BYTES >> 4) << 32 | 1ull << 62;
+}
+
+// Two numbers in bfloat16.
+__device__ __forceinline__ u32 times_plus(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ u32 turned(u32 word, u32 right) { return __funnelshift_r(word, word, right); }
+__device__ __forceinline__ u32 rounded(float x) { // to the nearest, twice
+    const u32 bits = __float_as_uint(x), upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return upper * 0x10001;
+}
+
+struct Wide : Arguments {
+    // Tokens of `count` tiles of a batch.
+    __device__ __forceinline__ void copy_batch(int step, int batch, int tile, int count, u32 to, u32 barrier) const {
+        copy_bytes(to, x + (((i64)step * BATCHES + batch) * num_tiles + tile) * TILE_BYTES, count * TILE_BYTES, barrier);
+    }
+};
+
+// Tiles of the narrowest program that holds so many tokens.
+__device__ __forceinline__ int width_for(int tokens) { return tokens > 96 ? 16 : tokens > 64 ? 12 : tokens > 32 ? 8 : 4; }
+
+// One thread: all codes that a piece of work needs.
+__device__ __forceinline__ void copy_codes(const Wide &of, const Unit &unit, int row_tile, u32 memory_at, Codes &ring) {
+    const int bits = unit.bits, J = of.num_columns / 8;
+    const bool second = PLANES > 1 && bits == 3; // private plane
+    const int own_runs = PLANES == 0 || bits == 0 ? 0 : WIDE && bits == 4 ? 2 : 1;
+    const u8 *const shared = of.shared_plane(unit.slot), *const own1 = (const u8 *)unit.at1;
+    const u8 *const own = plane_of(unit.at4, unit.at2, unit.at1, bits);
+    const int steps = of.steps();
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+        await_phase(memory_at + ring.empty(), ring.parity ^ 1);
+        const int p = step & 1, j = (step >> 1) * GROUP;
+        auto copy_run = [&](int run, const u8 *plane, int byte) {
+            of.copy_rows(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
+        };
+        arrive_expecting(full, (2 + own_runs + second) * RUN);
+        copy_run(0, shared, p * J + j);
+        if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j);
+        if (second) copy_run(2 + OWN, own1, j);
+        copy_run(1, shared, (p + 2) * J + j);
+        if (own_runs == 2) copy_run(3, own, (p + 2) * J + j);
+        ring.advance();
+    }
+}
+
+// One thread: all of its tokens.
+__device__ __forceinline__ void copy_tokens(const Wide &of, const Unit &unit, u32 memory_at, Tokens &ring) {
+    const int tiles = tiles_for(unit.tokens), steps = of.steps();
+#pragma unroll 1
+    for (int step = 0; step < steps; step++)
+#pragma unroll 1
+        for (int batch = 0; batch < BATCHES; batch++) {
+            const u32 full = memory_at + ring.full();
+            await_phase(memory_at + ring.empty(), ring.parity ^ 1);
+            arrive_expecting(full, tiles * TILE_BYTES);
+            of.copy_batch(step, batch, unit.tile, tiles, memory_at + ring.at(), full);
+            ring.advance();
+        }
+}
+
+template <int T>
+__device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, int row_tile, u8 *memory, u32 memory_at,
+                                             Codes &codes, Tokens &tokens) {
+    const int lane = threadIdx.x & 31, t = lane & 3, mine = 64 * (threadIdx.x / 128) + own_row(); // of the block's rows
+    const int bits = unit.bits, row = of.row_of(ROWS * row_tile + mine), num_groups = of.num_groups();
+    const u16 *const scale_at = of.scales + ((i64)unit.slot * of.num_rows + row) * num_groups;
+    const u16 *const scale_below = scale_at + of.apart() * num_groups;
+    const float step_of_l = bits ? (float)unit.step * (float)(1 << bits) : 0.f;
+    const float K = step_of_l + 128.f + 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
+    const u32 less = rounded(-K), of_l = rounded(step_of_l * 0.5f), of_h = rounded(64.f);
+    const float amiss = -K - __uint_as_float(less << 16);
+    // The upper half of a number. It is in a register, as columns are even, which nobody knows who compiles this: then
+    // what says which bytes go where need not be.
+    const u32 upper_half = 0x40404040u | (of.num_columns & 1);
+    // Where L goes in the lower half: its first bit follows the exponent.
+    const u32 own_mask = bits == 4 ? 0x78787878u : bits == 1 ? 0x40404040u : 0x60606060u;
+
+    float c[4 * T];
+#pragma unroll
+    for (int i = 0; i < 4 * T; i++) c[i] = 0.f;
+    u32 a[2][16]; // half of a batch each
+    u32 done = 0; // tokens' slot that products may still read
+    const int steps = of.steps();
+#pragma unroll 1
+    for (int at_step = 0; at_step < steps; at_step++) {
+        u16 scale_of[BATCHES][2];
+#pragma unroll
+        for (int batch = 0; batch < BATCHES; batch++) {
+            scale_of[batch][0] = __ldg(scale_at + of.group_of(at_step, batch));
+            scale_of[batch][1] = __ldg(scale_below + of.group_of(at_step, batch));
+        }
+        await_phase(memory_at + codes.full(), codes.parity);
+        const u8 *const here = memory + codes.at();
+        const int p = at_step & 1;
+        Words shared, own, own1;
+#pragma unroll
+        for (int batch = 0; batch < BATCHES; batch++) {
+            const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
+            if (field == 0) {
+                load(shared, here + upper * RUN, mine, t);
+                if (PLANES > 0 && (upper == 0 || WIDE))
+                    load(own, here + (2 + (WIDE && bits == 4 ? upper : 0)) * RUN, mine, t);
+                if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, t);
+            }
+            if (batch == BATCHES - 1) {
+                __syncwarp();
+                if (lane == 0) arrive(memory_at + codes.empty());
+            }
+            const int shift1 = p + 2 * upper + 4 * field;
+            const int own_shift = bits == 1 ? shift1 : (bits == 4 ? 0 : 2 * upper) + 4 * field;
+            const u32 own_turn = own_shift - (bits == 4 ? 3 : bits == 1 ? 6 : 5), turn1 = shift1 - 4; // to the right
+            u32 u[2], rest[2];
+#pragma unroll
+            for (int below = 0; below < 2; below++) {
+                u[below] = (u32)scale_of[batch][below] * 0x10001;
+                rest[below] = rounded(amiss * scale_from(scale_of[batch][below]));
+            }
+            await_phase(memory_at + tokens.full(), tokens.parity);
+            const u64 operand = wide_descriptor(memory_at + tokens.at());
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+#pragma unroll
+                for (int i = 0; i < 8; i++) { // a row's four columns of product i / 2
+                    const u32 word = shared[8 * half + i];
+                    const u32 h = (field ? word >> 1 : word << 3) & 0x78787878u;
+                    u32 l = 0;
+                    if (PLANES > 0) {
+                        l = turned(own[8 * half + i], own_turn) & own_mask;
+                        if (PLANES > 1 && bits == 3) l |= turned(own1[8 * half + i], turn1) & 0x10101010u;
+                    }
+#pragma unroll
+                    for (int pair = 0; pair < 2; pair++) {
+                        const u32 which = pair ? 0x4342 : 0x4140;
+                        u32 weight = less;
+                        if (PLANES > 0) weight = times_plus(__byte_perm(l, upper_half, which), of_l, less);
+                        weight = times_plus(__byte_perm(h, upper_half, which), of_h, weight);
+                        a[half][4 * (i >> 1) + (i & 1) + 2 * pair] = times_plus(weight, u[i & 1], rest[i & 1]);
+                    }
+                }
+                keep_order(a[half]);
+                keep_order(c);
+                fence_registers();
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    WideProduct<T>::start(c, a[half] + 4 * i, operand + (half * TILE_BYTES / 2 + 32 * i) / 16,
+                                          at_step + batch + half + i);
+                commit_products();
+                await_products<1>();
+                if (half == 0 && at_step + batch > 0) { // those before are done
+                    __syncwarp();
+                    if (lane == 0) arrive(memory_at + done);
+                }
+            }
+            done = tokens.empty();
+            tokens.advance();
+        }
+        codes.advance();
+    }
+    await_products<0>();
+    __syncwarp();
+    if (lane == 0) arrive(memory_at + done);
+    keep_order(c);
+#pragma unroll
+    for (int tile = 0; tile < T; tile++)
+#pragma unroll
+        for (int beside = 0; beside < 2; beside++) {
+            const int token = TILE * tile + 2 * t + beside;
+            if (token < unit.tokens)
+                of.write(of.pairs[unit.first + token], row, c[4 * tile + beside], c[4 * tile + 2 + beside]);
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    nested_wide(const u8 *__restrict__ x, const float2 *__restrict__ groups, int num_tiles,
+                const u8 *__restrict__ plane, const u16 *__restrict__ scales, const int *__restrict__ pairs,
+                const Unit *__restrict__ units, const float *__restrict__ weights, float *__restrict__ out,
+                int num_rows, int num_columns) {
+    extern __shared__ __align__(1024) u8 memory[];
+    const u32 memory_at = (u32)__cvta_generic_to_shared(memory);
+    Codes codes;
+    Tokens tokens;
+    if (threadIdx.x == 0) {
+        Codes::init(memory_at, WARPS);
+        Tokens::init(memory_at, WARPS);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
+    }
+    __syncthreads();
+    begin();
+    const Wide of = {{{num_columns}, x, groups, num_tiles, plane, scales, pairs, weights, out, num_rows}};
+    const int num_units = units[0].units, work = num_units * (num_rows / ROWS);
+    if (threadIdx.x >= WORKERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        for (int at = blockIdx.x; at < work; at += gridDim.x) {
+            if (threadIdx.x == WORKERS) copy_codes(of, units[at % num_units], at / num_units, memory_at, codes);
+            if (threadIdx.x == WORKERS + 32) copy_tokens(of, units[at % num_units], memory_at, tokens);
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        for (int at = blockIdx.x; at < work; at += gridDim.x) {
+            const Unit unit = units[at % num_units];
+            const int width = width_for(unit.tokens), row_tile = at / num_units;
+            if (TILES >= 16 && width == 16)
+                multiply_all<TILES >= 16 ? 16 : 4>(of, unit, row_tile, memory, memory_at, codes, tokens);
+            else if (TILES >= 12 && width == 12)
+                multiply_all<TILES >= 12 ? 12 : 4>(of, unit, row_tile, memory, memory_at, codes, tokens);
+            else if (TILES >= 8 && width == 8)
+                multiply_all<TILES >= 8 ? 8 : 4>(of, unit, row_tile, memory, memory_at, codes, tokens);
+            else
+                multiply_all<4>(of, unit, row_tile, memory, memory_at, codes, tokens);
+        }
+    }
+}
