@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from moeconsolidate.cli import main
 from moeruntime import Engine, Request, SamplingParams
@@ -17,6 +18,7 @@ from moeruntime.bench import ceilings
 from moeruntime.bench.ceilings import read_files
 from moeruntime.bench.decode import decode_rate, measure_decode
 from moeruntime.bench.machine import median_s
+from moeruntime.bench.prompts import prefill
 from moeruntime.bench.work import dense_bytes, prompt_bytes, prompt_flops, step_bytes
 from moeruntime.kv_cache import KVCache
 from moeruntime.synthetic import SYNTHETIC_MODELS, SyntheticSource
@@ -243,6 +245,18 @@ def test_experts_are_those_the_step_went_to(code: str, monkeypatch: pytest.Monke
     distinct = [len(faces_TK.unique()) for faces_TK in routed[:layers]]
     assert all(len(faces_TK) == 6 for faces_TK in routed[:layers])
     assert row.experts_per_layer == sum(distinct) / layers
+
+
+def test_prompts_of_several_variants_share_a_step() -> None:
+    source = SyntheticSource("mixtral-tiny", num_variants=3)
+    found = {}
+    for num_variants in (1, 3):
+        with Engine(source, device="cpu", dtype="float32", max_sequences=3) as engine:
+            tokens = prefill(engine, 7, num_variants=num_variants)()
+            assert isinstance(tokens, Tensor) and len(tokens) == num_variants
+            found[num_variants] = tokens.tolist()
+            assert engine.residency.admit("v2"), "nobody holds a slot"
+    assert found[1] == found[3][:1]
 
 
 def test_the_engines_rate_counts_only_while_all_decode() -> None:

@@ -24,10 +24,10 @@ __all__ = ["Clock", "PrefillRow", "TtftRow", "measure_prefill", "measure_ttft", 
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """One prompt of one variant, from its tokens to the first new one.
+    """A prompt of one variant, or of each of several, from its tokens to the first new one.
 
     Attributes:
-        tokens: length of the prompt.
+        tokens: of all prompts.
         time_s: of the device.
         flops: multiplications and additions with the weights that are active, and attention.
         roofline_s: those at the rate of a large product, or the weights' bytes at the bandwidth of
@@ -93,48 +93,62 @@ class Clock:
         return time.perf_counter() - start_s
 
 
-def prefill(engine: Engine, num_tokens: int, *, num_cached: int = 0) -> Callable[[], object]:
-    """What runs a prompt of the first variant; the engine is idle, and has no prefix cache.
+def prefill(
+    engine: Engine, num_tokens: int, *, num_cached: int = 0, num_variants: int = 1
+) -> Callable[[], object]:
+    """What runs a step of one prompt of each of the first variants.
 
     Args:
-        engine: whose model.
-        num_tokens: that are new.
+        engine: idle, without a prefix cache, and with a resident slot for each of them.
+        num_tokens: new ones of each prompt.
         num_cached: before them; what the cache has of them is whatever lies there.
+        num_variants: that share the step.
     """
     manifest = engine.source.manifest
-    name = manifest.variant_names[0]
-    held = engine.residency.admit(name)
-    assert held
-    engine.residency.wait_for(name)
-    slot = engine.residency.slot(name)
-    engine.residency.release(name)
     numbers = random.Random(num_tokens)
-    tokens = [numbers.randrange(manifest.config.vocab_size) for _ in range(num_tokens)]
-    span = Span(slot, 0, tokens, num_cached, range(blocks_for(num_cached + num_tokens)))
+    num_blocks = blocks_for(num_cached + num_tokens)
+    spans = []
+    for idx, name in enumerate(manifest.variant_names[:num_variants]):
+        held = engine.residency.admit(name)
+        assert held
+        engine.residency.wait_for(name)
+        tokens = [numbers.randrange(manifest.config.vocab_size) for _ in range(num_tokens)]
+        table = range(idx * num_blocks, (idx + 1) * num_blocks)
+        spans.append(Span(engine.residency.slot(name), idx, tokens, num_cached, table))
+    for name in manifest.variant_names[:num_variants]:
+        engine.residency.release(name)
+    spans.sort(key=lambda span: span.slot)
     graphs = engine.graphs
-    if graphs is not None and num_tokens <= graphs.max_tokens:
-        return lambda: graphs.run([span])
-    batch = Batch.build([span], engine.device)
+    if graphs is not None and len(spans) * num_tokens <= graphs.max_tokens:
+        return lambda: graphs.run(spans)
+    batch = Batch.build(spans, engine.device)
+    ends = [stop - 1 for _, stop, _ in batch.spans]
+    groups = [TokenGroup(span.slot, row, row + 1) for row, span in enumerate(spans)]
 
     def run() -> object:
         hidden_TH = engine.model.forward(batch)
-        return engine.model.logits(hidden_TH[-1:], [TokenGroup(slot, 0, 1)]).argmax(dim=-1)
+        return engine.model.logits(hidden_TH[ends], groups).argmax(dim=-1)
 
     return run
 
 
 def measure_prefill(
-    engine: Engine, ceilings: Ceilings, num_tokens: int, *, num_cached: int = 0
+    engine: Engine,
+    ceilings: Ceilings,
+    num_tokens: int,
+    *,
+    num_cached: int = 0,
+    num_variants: int = 1,
 ) -> PrefillRow:
-    """Time a prompt as the engine runs it; operations of cached tokens are not counted."""
-    work = prefill(engine, num_tokens, num_cached=num_cached)
+    """Time a step of `prefill` as the engine runs it; nothing is counted of cached tokens."""
+    work = prefill(engine, num_tokens, num_cached=num_cached, num_variants=num_variants)
     time_s = median_s(work, engine.device, repeats=7, warm_up=2)
-    flops = prompt_flops(decoder_config(engine.source), num_tokens)
+    flops = num_variants * prompt_flops(decoder_config(engine.source), num_tokens)
     return PrefillRow(
-        tokens=num_tokens,
+        tokens=num_variants * num_tokens,
         time_s=time_s,
         flops=flops,
-        roofline_s=_roofline_s(engine, ceilings, num_tokens),
+        roofline_s=_roofline_s(engine, ceilings, num_tokens, num_variants),
         of_gemm=flops / time_s / ceilings.gemm_flops,
     )
 
@@ -176,6 +190,9 @@ def measure_ttft(
     )
 
 
-def _roofline_s(engine: Engine, ceilings: Ceilings, num_tokens: int) -> float:
-    flops = prompt_flops(decoder_config(engine.source), num_tokens)
-    return max(flops / ceilings.gemm_flops, prompt_bytes(engine, num_tokens) / ceilings.read_bytes)
+def _roofline_s(
+    engine: Engine, ceilings: Ceilings, num_tokens: int, num_variants: int = 1
+) -> float:
+    flops = num_variants * prompt_flops(decoder_config(engine.source), num_tokens)
+    num_bytes = prompt_bytes(engine, num_tokens)  # which several do not read less of
+    return max(flops / ceilings.gemm_flops, num_bytes / ceilings.read_bytes)
