@@ -56,8 +56,8 @@ def test_a_step_is_cut_by_how_many_tokens_a_face_has(num_faces: int, hopper: boo
     assert cuts[-1].wide == (hopper and num_faces == 8)
     for cut, batch in zip(cuts, BATCH_SIZES, strict=True):
         assert not (cut.many and cut.wide)
-        kinds = {cut.many: (2, 4, 8, 12), cut.wide: (4, 8, 12, 16)}
-        assert cut.tiles in kinds.get(True, (1, 2, 4))
+        widths = (4, 8, 12, 16) if cut.wide else (2, 4, 8, 12) if cut.many else (1, 2, 4)
+        assert cut.tiles in widths
         assert cut.tokens * 8 >= 2 * batch / num_faces, "a face has few programs"
 
 
