@@ -54,17 +54,9 @@ INSTRUCTIONS = {
 """What an instruction begins with -> a function that takes its operands, results first."""
 
 PRODUCT = """\
-template <int T> struct Product {
-    static void start(int (&c)[4 * T], const u32 *a, u64 b, int add) {
+template <class Sum, int T> struct Product {
+    static void start(Sum (&c)[4 * T], const u32 *a, u64 b, int add) {
         emulated::start_product<T>(c, a, b, add);
-    }
-};
-"""
-
-WIDE_PRODUCT = """\
-template <int T> struct WideProduct {
-    static void start(float (&c)[4 * T], const u32 *a, u64 b, int add) {
-        emulated::start_wide_product<T>(c, a, b, add);
     }
 };
 """
@@ -160,16 +152,12 @@ def _translated() -> Path:
 def _translate(source: str) -> str:
     """CUDA C++ as C++ that `device.hpp` completes."""
     source = re.sub(r"//.*", "", source)
-    for name, following, product in (
-        ("Product", "void fence_registers", PRODUCT),
-        ("WideProduct", "u64 wide_descriptor", WIDE_PRODUCT),
-    ):
-        source = re.sub(
-            rf"template <int T> struct {name};.*?(?=__device__[^\n]* {following})",
-            lambda match, product=product: product,
-            source,
-            flags=re.DOTALL,
-        )
+    source = re.sub(
+        r"template <class Sum, int T> struct Product;.*?(?=__device__[^\n]* void fence_registers)",
+        lambda match: PRODUCT,
+        source,
+        flags=re.DOTALL,
+    )
     source = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];",
         r"\1 *const \2 = emulated::shared_memory;",

@@ -289,7 +289,7 @@ template <int T> void start_product(int (&c)[4 * T], const uint32_t *a, uint64_t
     me.products.back().push_back(product);
 }
 // These add to the same sums, one after the other.
-template <int T> void start_wide_product(float (&c)[4 * T], const uint32_t *a, uint64_t b, int add) {
+template <int T> void start_product(float (&c)[4 * T], const uint32_t *a, uint64_t b, int add) {
     Thread &me = threads[running];
     if (me.products.empty()) me.products.emplace_back();
     bool waits = is_late(me);

@@ -225,6 +225,6 @@ def test_new_tokens_of_prompts_see_what_lies_before_them(
             window,
         )
         expected[alone] = q[alone].flatten(1).float().cpu()  # their kernel is another
-        attention.span_attention(q, keys, values, on_device, pieces_N4, scratch, window, out_TQD=q)
+        attention.span_attention(q, keys, values, on_device, pieces_N4, scratch, out_TQD=q)
         assert_close(q.flatten(1), expected, dtype)
         assert not scratch.arrived.any()

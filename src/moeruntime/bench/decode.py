@@ -27,7 +27,7 @@ from moeruntime.request import Request, SamplingParams
 if TYPE_CHECKING:  # imports Triton, which a CPU build of torch lacks
     from moeruntime.models.step_graphs import StepGraphs
 
-__all__ = ["DecodeRow", "decode_rate", "measure_decode", "tokens_needed"]
+__all__ = ["DecodeRow", "decode_rate", "measure_decode", "resident_slots", "tokens_needed"]
 
 # The step alone: warm-up and repeats go on from one another, each a token further.
 REPEATS, WARM_UP = 20, 3
@@ -116,6 +116,18 @@ def measure_decode(
         if whole
         else None,
     )
+
+
+def resident_slots(engine: Engine, names: Sequence[str]) -> dict[str, int]:
+    """Where these variants are, once all of them are there; the engine has a slot for each."""
+    for name in names:
+        held = engine.residency.admit(name)
+        assert held
+        engine.residency.wait_for(name)
+    slots = {name: engine.residency.slot(name) for name in names}
+    for name in names:
+        engine.residency.release(name)
+    return slots
 
 
 def decode_rate(engine: Engine, requests: Sequence[Request]) -> float | None:
@@ -210,13 +222,7 @@ def _spans(engine: Engine, batch: int, variants: int, context: int) -> list[Span
     blocks = blocks_for(context + ROOM)
     assert batch * blocks <= engine.num_free_blocks
     tokens = _random_tokens(engine, batch, seed=batch)
-    slots = {}
-    for name in names[:variants]:
-        held = engine.residency.admit(name)
-        assert held
-        engine.residency.wait_for(name)
-        slots[name] = engine.residency.slot(name)
-        engine.residency.release(name)
+    slots = resident_slots(engine, names[:variants])
     spans = [
         Span(
             slot=slots[name],

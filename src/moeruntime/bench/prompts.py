@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import cycle
 
 from moeruntime.bench.ceilings import Ceilings
+from moeruntime.bench.decode import resident_slots
 from moeruntime.bench.machine import median_s, synchronize
 from moeruntime.bench.work import decoder_config, prompt_bytes, prompt_flops
 from moeruntime.engine import Engine
@@ -107,16 +108,12 @@ def prefill(
     manifest = engine.source.manifest
     numbers = random.Random(num_tokens)
     num_blocks = blocks_for(num_cached + num_tokens)
+    slots = resident_slots(engine, manifest.variant_names[:num_variants])
     spans = []
-    for idx, name in enumerate(manifest.variant_names[:num_variants]):
-        held = engine.residency.admit(name)
-        assert held
-        engine.residency.wait_for(name)
+    for idx, slot in enumerate(slots.values()):
         tokens = [numbers.randrange(manifest.config.vocab_size) for _ in range(num_tokens)]
         table = range(idx * num_blocks, (idx + 1) * num_blocks)
-        spans.append(Span(engine.residency.slot(name), idx, tokens, num_cached, table))
-    for name in manifest.variant_names[:num_variants]:
-        engine.residency.release(name)
+        spans.append(Span(slot, idx, tokens, num_cached, table))
     spans.sort(key=lambda span: span.slot)
     graphs = engine.graphs
     if graphs is not None and len(spans) * num_tokens <= graphs.max_tokens:

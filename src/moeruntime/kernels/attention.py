@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeruntime.kernels.attention_cuts import SPAN_TOKENS, DecodeScratch, SpanCut, SpanScratch
+from moeruntime.kernels.attention_cuts import SPAN_TOKENS, DecodeScratch, SpanScratch
 from moeruntime.kernels.chain import begin_chained, chained
 from moeruntime.kernels.spans import Spans
 
@@ -407,7 +407,6 @@ def span_attention(
     spans: Spans,
     pieces_N4: Tensor,
     scratch: SpanScratch,
-    sliding_window: int | None,
     *,
     out_TQD: Tensor,
 ) -> None:
@@ -418,21 +417,20 @@ def span_attention(
         keys: cache [blocks, B, KV, D].
         values: the same for values.
         spans: the sequences.
-        pieces_N4: int32, what `SpanCut.pieces` makes of them; a sequence of -1 is none. Tokens
+        pieces_N4: int32, what the cut of `scratch` makes of them; a sequence of -1 is none. Tokens
             that are in none are left alone.
-        scratch: for the splits.
-        sliding_window: a token sees itself and the `sliding_window` - 1 tokens before it.
+        scratch: for the splits; its cut is of the model that the queries are of.
         out_TQD: in the query's dtype; may be the queries themselves, each of which is read by all
             that have a split of what it sees before one writes in its place.
     """
     num_query, head_dim = query_TQD.shape[1:]
     block, num_kv = keys.shape[1:3]
-    cut = SpanCut.of(num_query, num_kv, sliding_window)
+    cut = scratch.cut
     exact = query_TQD.dtype == torch.float32
     _span_kernel[(cut.programs, len(pieces_N4))](
         query_TQD, keys, values, out_TQD, pieces_N4, *spans.rows_3S, spans.tables_SB,
         *scratch.tensors(), spans.tables_SB.stride(0), scratch.totals.stride(0),
-        sliding_window or 2**30, head_dim**-0.5,
+        cut.window or 2**30, head_dim**-0.5,
         Q=num_query, KV=num_kv, D=head_dim, DIM=max(16, triton.next_power_of_2(head_dim)),
         G=num_query // num_kv, BLOCK=block, TOKENS=SPAN_TOKENS, HEADS=cut.heads,
         STEP=32 if exact else 64, PRECISION="ieee" if exact else "tf32", num_warps=8,

@@ -155,6 +155,7 @@ class SpanScratch:
     """Where splits leave their sums; reused by every layer of a step.
 
     Attributes:
+        cut: how the work is cut.
         sums: float32 [P, R, D].
         totals: float32 [2, P, R], the largest score and the sum of weights.
         arrived: int32 [P]; at the first of a piece's splits, how many are done.
@@ -162,6 +163,7 @@ class SpanScratch:
 
     def __init__(self, cut: SpanCut, head_dim: int, device: torch.device) -> None:
         """Allocate for all pieces of a step that is cut along its contexts."""
+        self.cut = cut
         shape = (SPLIT_PROGRAMS, SPAN_TOKENS * cut.heads)
         self.sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=device)
         self.totals = torch.empty(2, *shape, dtype=torch.float32, device=device)

@@ -17,7 +17,6 @@ from moeruntime.codes import NestedCode, PrivateCode
 from moeruntime.kernels.face_lists import FaceLists
 
 __all__ = [
-    "FEW_PAIRS",
     "GROUP",
     "LARGE_MEETING",
     "MANY_ROWS",
@@ -25,6 +24,7 @@ __all__ = [
     "MEETING_ROWS",
     "MEETING_THREADS",
     "MOST_A_FACE",
+    "MOST_PAIRS",
     "MOST_PROGRAMS",
     "PROGRAMS_AT_ONCE",
     "ROWS",
@@ -32,8 +32,6 @@ __all__ = [
     "TILE",
     "UNIT_WORDS",
     "WARPS",
-    "WIDE_ROWS",
-    "WIDE_THREADS",
     "WIDE_TILE",
     "ByteRows",
     "Cut",
@@ -48,10 +46,7 @@ PROGRAMS_AT_ONCE = 4
 """Of `nested_fast.cu`, on a multiprocessor, where faces have few tokens."""
 
 MANY_THREADS, MANY_ROWS = 384, 128
-"""Threads of a program of `nested_many.cu`, and rows that it takes at a time."""
-
-WIDE_THREADS, WIDE_ROWS = 384, 128
-"""Threads of a program of `nested_wide.cu`, and rows that it takes at a time."""
+"""Threads of a program of `nested_many.cu`, and of `nested_wide.cu`; and rows that it takes."""
 
 TILE, WIDE_TILE = 4, 8
 """Tokens that are multiplied side by side, and a tile of a unit or meeting is made of; those of
@@ -87,8 +82,8 @@ FEW_A_FACE, MANY_A_FACE, MOST_A_FACE = 3, 48, 512
 there are more than so many `nested_wide.cu` does; and where more than so many codes are decoded
 first."""
 
-FEW_PAIRS = 512
-"""On other devices `nested_fast.cu` serves a step of so many (token, choice) pairs."""
+MOST_PAIRS = 512
+"""On other devices codes are decoded first where a step has more (token, choice) pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +183,8 @@ class Cut:
             return cls(16, wide=True)
         # All tokens may be of one variant: then there are many for each of its faces.
         if hopper and a_face >= FEW_A_FACE:
-            return cls(
-                12 if a_face > 24 else 8, many=True
-            )  # tiles that are not full are what tells
+            # Tiles that are not full are what tells.
+            return cls(12 if a_face > 24 else 8, many=True)
         tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
         turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
         return cls(tiles, turns)

@@ -18,20 +18,18 @@ from torch import Tensor
 
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import (
-    FEW_PAIRS,
     GROUP,
     MANY_ROWS,
     MANY_THREADS,
     MEETING_ROWS,
     MEETING_THREADS,
     MOST_A_FACE,
+    MOST_PAIRS,
     MOST_PROGRAMS,
     PROGRAMS_AT_ONCE,
     ROWS,
     TILE,
     WARPS,
-    WIDE_ROWS,
-    WIDE_THREADS,
     WIDE_TILE,
     ByteRows,
     Cut,
@@ -74,7 +72,7 @@ def down_parts(part: FacePart, lists: FaceLists, num_pairs: int) -> int:
 
 def most_pairs(device: torch.device, num_faces: int) -> int:
     """For more (token, choice) pairs of so many faces it is faster to decode their codes first."""
-    return MOST_A_FACE * num_faces if _device(device)[1] else FEW_PAIRS
+    return MOST_A_FACE * num_faces if _device(device)[1] else MOST_PAIRS
 
 
 def gate_up(
@@ -201,25 +199,25 @@ class _Product:
 
     def _serve_many(self) -> None:
         stages, shared_bytes = _ring(self.part, self.cut)
-        most_work = self._num_units * (self.part.num_rows // MANY_ROWS)
-        compile_kernel(MANY_SOURCE, "nested_many", (*self._defines(), ("STAGES", stages)))(
-            (min(most_work, self._num_multiprocessors), 1, 1),
-            MANY_THREADS,
-            self._of_tiles(self.scratch.units),
-            shared_bytes=shared_bytes,
-        )
+        self._serve_units(MANY_SOURCE, (("STAGES", stages),), shared_bytes)
 
     def _serve_wide(self) -> None:
         token_slots, shared_bytes = _wide_rings(self.part, self.cut)
-        most_work = self._num_units * (self.part.num_rows // WIDE_ROWS)
-        slots = (
+        defines = (
             ("CODE_SLOTS", WIDE_CODE_SLOTS),
             ("TOKEN_SLOTS", token_slots),
             ("TILE_TOKENS", WIDE_TILE),
         )
-        compile_kernel(WIDE_SOURCE, "nested_wide", (*self._defines(), *slots))(
+        self._serve_units(WIDE_SOURCE, defines, shared_bytes)
+
+    def _serve_units(
+        self, source: Path, defines: tuple[tuple[str, int], ...], shared_bytes: int
+    ) -> None:
+        """By a kernel whose programs take one unit's row tile after another."""
+        most_work = self._num_units * (self.part.num_rows // MANY_ROWS)
+        compile_kernel(source, source.stem, (*self._defines(), *defines))(
             (min(most_work, self._num_multiprocessors), 1, 1),
-            WIDE_THREADS,
+            MANY_THREADS,
             self._of_tiles(self.scratch.units),
             shared_bytes=shared_bytes,
         )
@@ -289,19 +287,22 @@ def _step_bytes(tokens: int) -> int:
     return 4 * tokens * (2 * GROUP + 8)
 
 
+def _code_bytes(part: FacePart) -> int:
+    """Of a step of a row tile of `nested_many` and `nested_wide`, all planes."""
+    own = 0 if part.num_planes == 0 else 2 if part.wide else 1
+    return (2 + own + (part.num_planes == 2)) * MANY_ROWS * GROUP
+
+
 def _ring(part: FacePart, cut: Cut) -> tuple[int, int]:
     """Of a program of `nested_many`: stages of its ring, and shared bytes in all."""
-    own = 0 if part.num_planes == 0 else 2 if part.wide else 1
-    codes = (2 + own + (part.num_planes == 2)) * MANY_ROWS * GROUP
-    stage = codes + _step_bytes(cut.tokens) + BARRIER_BYTES
+    stage = _code_bytes(part) + _step_bytes(cut.tokens) + BARRIER_BYTES
     stages = min(MAX_STAGES, MAX_SHARED_BYTES // stage)
     return stages, stages * stage
 
 
 def _wide_rings(part: FacePart, cut: Cut) -> tuple[int, int]:
     """Of a program of `nested_wide`: slots of tokens, as many as fit, and shared bytes in all."""
-    own = 0 if part.num_planes == 0 else 2 if part.wide else 1
-    code_slot = (2 + own + (part.num_planes == 2)) * WIDE_ROWS * GROUP + BARRIER_BYTES
+    code_slot = _code_bytes(part) + BARRIER_BYTES
     token_slot = cut.tokens * GROUP * 2 + BARRIER_BYTES
     codes = WIDE_CODE_SLOTS * code_slot
     token_slots = min(MAX_TOKEN_SLOTS, (MAX_SHARED_BYTES - codes) // token_slot)

@@ -72,13 +72,15 @@ __device__ __forceinline__ void load(Words &words, const u8 *run, int row, int t
     }
 }
 
-// Of tokens in shared memory: tiles of eight rows of 128 bytes, whose chunks are exchanged as `place_of` says.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(TILE_STEP >> 4) << 32 | 1ull << 62;
+// Of tokens in shared memory: tiles of eight rows of 128 bytes, whose chunks are exchanged as `place_of` says; how far
+// the next tile is.
+__device__ __forceinline__ u64 descriptor(u32 at, int next) {
+    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(next >> 4) << 32 | 1ull << 62;
 }
 
-// c (+)= rows [64, 32] in registers times tokens' halves [32, 8 T] in shared memory.
-template <int T> struct Product;
+// c (+)= rows [64, 32 bytes] in registers times tokens [32 bytes, 8 T] in shared memory: integers of 8 bits, whose sums
+// are integers, or bfloat16.
+template <class Sum, int T> struct Product;
 
 // An instruction's operands have numbers: first come those of c, then a's four, b and `add`.
 #define FIRST_4 "%0,%1,%2,%3"
@@ -86,24 +88,34 @@ template <int T> struct Product;
 #define FIRST_16 FIRST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define FIRST_32 FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define FIRST_48 FIRST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define C4(i) "+r"(c[i]), "+r"(c[i + 1]), "+r"(c[i + 2]), "+r"(c[i + 3])
-#define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
+#define FIRST_64 FIRST_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define C4(R, i) R(c[i]), R(c[i + 1]), R(c[i + 2]), R(c[i + 3])
+#define C16(R, i) C4(R, i), C4(R, i + 4), C4(R, i + 8), C4(R, i + 12)
+#define INTEGER "+r"
+#define NUMBER "+f"
 
-#define PRODUCT(T, COLUMNS, C, A, B, ADD, ...)                                                                       \
-    template <> struct Product<T> {                                                                                  \
-        static __device__ __forceinline__ void start(int (&c)[4 * T], const u32 *a, u64 b, int add) {                \
+#define PRODUCT(SUM, T, KIND, REST, C, A, B, ADD, ...)                                                                  \
+    template <> struct Product<SUM, T> {                                                                             \
+        static __device__ __forceinline__ void start(SUM (&c)[4 * T], const u32 *a, u64 b, int add) {                \
             asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0;\n"                                               \
-                         "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k32.s32.u8.s8 {" C "}, {" A "}, " B ", p;}"    \
+                         "wgmma.mma_async.sync.aligned." KIND " {" C "}, {" A "}, " B ", p" REST ";}"                \
                          : __VA_ARGS__                                                                               \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                            \
         }                                                                                                            \
     }
+#define OF_INTEGERS(T, COLUMNS, ...) PRODUCT(int, T, "m64n" COLUMNS "k32.s32.u8.s8", "", __VA_ARGS__)
+#define OF_NUMBERS(T, COLUMNS, ...) PRODUCT(float, T, "m64n" COLUMNS "k16.f32.bf16.bf16", ", 1, 1, 0", __VA_ARGS__)
 
-PRODUCT(1, "8", FIRST_4, "%4,%5,%6,%7", "%8", "%9", C4(0));
-PRODUCT(2, "16", FIRST_8, "%8,%9,%10,%11", "%12", "%13", C4(0), C4(4));
-PRODUCT(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", C16(0));
-PRODUCT(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", C16(0), C16(16));
-PRODUCT(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", C16(0), C16(16), C16(32));
+OF_INTEGERS(1, "8", FIRST_4, "%4,%5,%6,%7", "%8", "%9", C4(INTEGER, 0));
+OF_INTEGERS(2, "16", FIRST_8, "%8,%9,%10,%11", "%12", "%13", C4(INTEGER, 0), C4(INTEGER, 4));
+OF_INTEGERS(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", C16(INTEGER, 0));
+OF_INTEGERS(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", C16(INTEGER, 0), C16(INTEGER, 16));
+OF_INTEGERS(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", C16(INTEGER, 0), C16(INTEGER, 16), C16(INTEGER, 32));
+OF_NUMBERS(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", C16(NUMBER, 0));
+OF_NUMBERS(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", C16(NUMBER, 0), C16(NUMBER, 16));
+OF_NUMBERS(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", C16(NUMBER, 0), C16(NUMBER, 16), C16(NUMBER, 32));
+OF_NUMBERS(16, "128", FIRST_64, "%64,%65,%66,%67", "%68", "%69", C16(NUMBER, 0), C16(NUMBER, 16), C16(NUMBER, 32),
+           C16(NUMBER, 48));
 
 __device__ __forceinline__ void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -119,12 +131,13 @@ template <int COUNT> __device__ __forceinline__ void keep_order(float (&c)[COUNT
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
-// c = the codes of 128 columns in registers times the tokens that an operand says.
-template <int T> __device__ __forceinline__ void start_products(int (&c)[4 * T], const u32 (&a)[16], u64 operand) {
+// c (+)= what four products of 16 registers and the tokens that an operand says make; `add` whether there was any.
+template <int T, class Sum>
+__device__ __forceinline__ void start_products(Sum (&c)[4 * T], const u32 (&a)[16], u64 operand, int add = 0) {
     keep_order(c);
     fence_registers();
 #pragma unroll
-    for (int i = 0; i < 4; i++) Product<T>::start(c, a + 4 * i, operand + 2 * i, i);
+    for (int i = 0; i < 4; i++) Product<Sum, T>::start(c, a + 4 * i, operand + 2 * i, add + i);
     commit_products();
 }
 // While products run, those before are added up.

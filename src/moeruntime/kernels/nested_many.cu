@@ -29,15 +29,9 @@ constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private
 constexpr int TOKENS_AT = RUN * (2 + OWN + (PLANES == 2));
 constexpr int STAGE = TOKENS_AT + TILES * TILE_STEP; // a multiple of what a descriptor wants
 constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = TILES * TILE_GROUPS;
-constexpr int FULL_AT = GROUPS_AT + STAGES * GROUPS, EMPTY_AT = FULL_AT + 8 * STAGES;
+constexpr int BARRIERS_AT = GROUPS_AT + STAGES * GROUPS;
 
-struct Ring { // the stage that is next, and how often the ring went round
-    int stage = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
+typedef SlotRing<STAGES, STAGE, 0, BARRIERS_AT> Ring;
 
 // Tiles of the narrowest program that holds so many tokens.
 __device__ __forceinline__ int width_for(int tokens) { return tokens > 32 ? 12 : tokens > 16 ? 8 : tokens > 8 ? 4 : 2; }
@@ -53,8 +47,8 @@ __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, 
     const int steps = of.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-        await_phase(ring_at + EMPTY_AT + 8 * ring.stage, ring.parity ^ 1);
-        const u32 full = ring_at + FULL_AT + 8 * ring.stage, to = ring_at + ring.stage * STAGE;
+        await_phase(ring_at + ring.empty(), ring.parity ^ 1);
+        const u32 full = ring_at + ring.full(), to = ring_at + ring.at();
         const int p = step & 1, j = (step >> 1) * GROUP;
         auto copy_run = [&](int run, const u8 *plane, int byte) {
             of.copy_rows(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
@@ -62,7 +56,7 @@ __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, 
         arrive_expecting(full, bytes);
         copy_run(0, shared, p * J + j);
         if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j);
-        of.copy_tiles(step, unit.tile, tiles, to + TOKENS_AT, ring_at + GROUPS_AT + ring.stage * GROUPS, full);
+        of.copy_tiles(step, unit.tile, tiles, to + TOKENS_AT, ring_at + GROUPS_AT + ring.slot * GROUPS, full);
         if (second) copy_run(2 + OWN, own1, j);
         copy_run(1, shared, (p + 2) * J + j);
         if (own_runs == 2) copy_run(3, own, (p + 2) * J + j);
@@ -88,15 +82,15 @@ __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &un
     const int steps = of.steps();
 #pragma unroll 1
     for (int at_step = 0; at_step < steps; at_step++) {
-        await_phase(ring_at + FULL_AT + 8 * ring.stage, ring.parity);
+        await_phase(ring_at + ring.full(), ring.parity);
         u16 scale_of[BATCHES][2];
 #pragma unroll
         for (int batch = 0; batch < BATCHES; batch++) {
             scale_of[batch][0] = __ldg(scale_at + of.group_of(at_step, batch));
             scale_of[batch][1] = __ldg(scale_below + of.group_of(at_step, batch));
         }
-        const u8 *const here = memory + ring.stage * STAGE;
-        const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.stage * GROUPS) + t;
+        const u8 *const here = memory + ring.at();
+        const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.slot * GROUPS) + t;
         const int p = at_step & 1;
 
         Words shared, own, own1;
@@ -120,7 +114,7 @@ __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &un
                 a[batch & 1][i] = code;
             }
             start_products<T>(c[batch & 1], a[batch & 1],
-                              descriptor(ring_at + ring.stage * STAGE + TOKENS_AT + batch * TILE_BYTES));
+                              descriptor(ring_at + ring.at() + TOKENS_AT + batch * TILE_BYTES, TILE_STEP));
         };
         auto add_up = [&](int batch) {
             int(&found)[4 * T] = c[batch & 1];
@@ -139,7 +133,7 @@ __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &un
         };
         pipeline<BATCHES>(start, add_up);
         __syncwarp();
-        if (lane == 0) arrive(ring_at + EMPTY_AT + 8 * ring.stage);
+        if (lane == 0) arrive(ring_at + ring.empty());
         ring.advance();
     }
 
@@ -157,11 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(1024) u8 memory[];
     const u32 ring_at = (u32)__cvta_generic_to_shared(memory);
     if (threadIdx.x == 0) {
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            init_barrier(ring_at + FULL_AT + 8 * i, 1); // and what the copy engine brings
-            init_barrier(ring_at + EMPTY_AT + 8 * i, WARPS);
-        }
+        Ring::init(ring_at, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();

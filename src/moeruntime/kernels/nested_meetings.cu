@@ -207,7 +207,7 @@ template <int HALVES> struct Worker {
                 scales[batch][1] = __ldg(scale_below + of.group_of(0, batch));
             }
             await_phase(memory_at + tokens.full(), tokens.parity);
-            operand = descriptor(memory_at + tokens.at());
+            operand = descriptor(memory_at + tokens.at(), TILE_STEP);
             groups = (const float2 *)(memory + GROUPS_AT + tokens.slot * GROUPS) + t;
             multiply_shared();
             const bool later_run = of.run_of(step);

@@ -30,36 +30,6 @@ constexpr int TOKENS_AT = CODE_SLOTS * CODE_SLOT, BARRIERS_AT = TOKENS_AT + TOKE
 typedef SlotRing<CODE_SLOTS, CODE_SLOT, 0, BARRIERS_AT> Codes;
 typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
 
-// c (+)= rows [64, 16] in registers times tokens [16, 8 T] in shared memory.
-template <int T> struct WideProduct;
-
-#define FIRST_64                                                                                                       \
-    FIRST_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define F4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
-
-#define WIDE_PRODUCT(T, COLUMNS, C, A, B, ADD, ...)                                                                    \
-    template <> struct WideProduct<T> {                                                                                \
-        static __device__ __forceinline__ void start(float (&c)[4 * T], const u32 *a, u64 b, int add) {                \
-            asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0;\n"                                                 \
-                         "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" C "}, {" A "}, " B          \
-                         ", p, 1, 1, 0;}"                                                                              \
-                         : __VA_ARGS__                                                                                 \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                              \
-        }                                                                                                              \
-    }
-
-WIDE_PRODUCT(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", F16(0));
-WIDE_PRODUCT(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", F16(0), F16(16));
-WIDE_PRODUCT(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", F16(0), F16(16), F16(32));
-WIDE_PRODUCT(16, "128", FIRST_64, "%64,%65,%66,%67", "%68", "%69", F16(0), F16(16), F16(32), F16(48));
-
-// Of tokens in shared memory: tiles of eight rows of 128 bytes, half of the columns of a batch, whose chunks are
-// exchanged as `place_of` says.
-__device__ __forceinline__ u64 wide_descriptor(u32 at) {
-    return (u64)(at >> 4 & 0x3FFF) | 1ull << 16 | (u64)(TILE_BYTES >> 4) << 32 | 1ull << 62;
-}
-
 // Two numbers in bfloat16.
 __device__ __forceinline__ u32 times_plus(u32 a, u32 b, u32 c) {
     u32 d;
@@ -181,7 +151,7 @@ __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, i
                 rest[below] = rounded(amiss * scale_from(scale_of[batch][below]));
             }
             await_phase(memory_at + tokens.full(), tokens.parity);
-            const u64 operand = wide_descriptor(memory_at + tokens.at());
+            const u64 operand = descriptor(memory_at + tokens.at(), TILE_BYTES);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
 #pragma unroll
@@ -203,13 +173,7 @@ __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, i
                     }
                 }
                 keep_order(a[half]);
-                keep_order(c);
-                fence_registers();
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    WideProduct<T>::start(c, a[half] + 4 * i, operand + (half * TILE_BYTES / 2 + 32 * i) / 16,
-                                          at_step + batch + half + i);
-                commit_products();
+                start_products<T>(c, a[half], operand + half * TILE_BYTES / 32, at_step + batch + half);
                 await_products<1>();
                 if (half == 0 && at_step + batch > 0) { // those before are done
                     __syncwarp();

@@ -114,6 +114,13 @@ def find_tile(counts, number, F: tl.constexpr, TOKENS: tl.constexpr):
     return face, (number - before) * TOKENS, count
 
 
+@triton.jit
+def _router_rows(router, some, offsets, inside, E: tl.constexpr, H: tl.constexpr):
+    """Those of some experts."""
+    both = (some[:, None] < E) & inside[None, :]
+    return tl.load(router + some[:, None] * H + offsets[None, :], both, other=0.0)
+
+
 @triton.jit(
     do_not_specialize=("capacity",), do_not_specialize_on_alignment=("slot_T", "variant_T", "faces")
 )
@@ -130,12 +137,7 @@ def _route_kernel(
     offsets = tl.arange(0, ROW)
     inside = offsets < H
     scale = tl.load(norm + slot * norm_stride + offsets, inside, other=0.0)
-    first = tl.arange(0, AT_ONCE)
-    first_AH = tl.load(
-        router + first[:, None] * H + offsets[None, :],
-        (first[:, None] < E) & inside[None, :],
-        other=0.0,
-    )
+    first_AH = _router_rows(router, tl.arange(0, AT_ONCE), offsets, inside, E, H)
     begin_chained(CHAINED)
     x = _sum_parts(residual, parts, parts, parts, token, offsets, inside, P, H, False)
     scale = scale.to(tl.float32)
@@ -148,8 +150,7 @@ def _route_kernel(
         some = start + tl.arange(0, AT_ONCE)
         rows_AH = first_AH
         if start > 0:
-            both = (some[:, None] < E) & inside[None, :]
-            rows_AH = tl.load(router + some[:, None] * H + offsets[None, :], both, other=0.0)
+            rows_AH = _router_rows(router, some, offsets, inside, E, H)
         found_A = tl.sum(rows_AH.to(tl.float32) * normed.to(tl.float32)[None, :], axis=1)
         same_EA = experts[:, None] == some[None, :]
         mine_E = tl.sum(tl.where(same_EA, found_A[None, :], 0.0), axis=1)

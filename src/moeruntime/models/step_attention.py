@@ -124,7 +124,6 @@ class StepAttention:
                 self.spans,
                 self.prompts.pieces_N4,
                 self.prompts.scratch,
-                window,
                 out_TQD=query_TQD,
             )
 

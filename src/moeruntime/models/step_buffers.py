@@ -8,7 +8,7 @@ Legend: T rows of the batch, B blocks of a sequence, H hidden, I intermediate, V
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,13 @@ _SMALL = StepShapes(
     down=Shape(rows=128, step=128, tokens=16, parts=4, stages=3),
     head=Shape(rows=64, step=128, tokens=16),
 )
+_LARGE = StepShapes(
+    qkv=Shape(rows=64, step=128, tokens=64, stages=3),
+    o=Shape(rows=64, step=128, tokens=64),
+    gate_up=Shape(rows=64, step=64, tokens=64),
+    down=Shape(rows=64, step=128, tokens=64, stages=3),
+    head=Shape(rows=128, step=64, tokens=64),
+)
 _MEASURED = {
     16: _SMALL,
     32: StepShapes(
@@ -119,36 +126,22 @@ _MEASURED = {
         down=Shape(rows=64, step=128, tokens=64, stages=3),
         head=Shape(rows=64, step=128, tokens=32),
     ),
-    96: StepShapes(
-        qkv=Shape(rows=64, step=128, tokens=64, stages=3),
-        o=Shape(rows=64, step=128, tokens=64),
-        gate_up=Shape(rows=64, step=64, tokens=32, stages=5),
-        down=Shape(rows=64, step=128, tokens=64, stages=3),
-        head=Shape(rows=128, step=64, tokens=64),
-    ),
-    128: StepShapes(
-        qkv=Shape(rows=64, step=128, tokens=64, stages=3),
-        o=Shape(rows=64, step=128, tokens=64),
-        gate_up=Shape(rows=64, step=64, tokens=64),
-        down=Shape(rows=64, step=128, tokens=64, stages=3),
-        head=Shape(rows=128, step=64, tokens=64),
-    ),
-    192: StepShapes(
+    96: replace(_LARGE, gate_up=Shape(rows=64, step=64, tokens=32, stages=5)),
+    128: _LARGE,
+    192: replace(
+        _LARGE,
         qkv=Shape(rows=128, step=64, tokens=64),
         o=Shape(rows=128, step=64, tokens=64, stages=5),
-        gate_up=Shape(rows=64, step=64, tokens=64),
-        down=Shape(rows=64, step=128, tokens=64, stages=3),
-        head=Shape(rows=128, step=64, tokens=64),
     ),
-    256: StepShapes(
+    256: replace(
+        _LARGE,
         qkv=Shape(rows=128, step=64, tokens=64),
         o=Shape(rows=128, step=64, tokens=64, stages=5),
-        gate_up=Shape(rows=64, step=64, tokens=64),
         down=Shape(rows=128, step=64, tokens=64, parts=2),
-        head=Shape(rows=128, step=64, tokens=64),
     ),
 }
-"""Rows of a step -> the best found by benchmarks/decode_kernels.py."""
+"""Rows of a step -> the best of those measured, for one variant and for four mixed;
+benchmarks/decode_kernels.py times such ways, for one."""
 
 
 class StepBuffers:
@@ -159,8 +152,7 @@ class StepBuffers:
             `Batch` has them; and `tables_of_lone`.
         tables: int32 block tables [T, B], a row a sequence.
         spans: int32 [3, T], the sequences of steps with prompts, as `Spans` has them.
-        span_cut, pieces, span_scratch: how their attention is cut, what is to be done, int32
-            [pieces, 4], and in what.
+        pieces, span_scratch: int32 [pieces, 4], what attention is to do for them, and in what.
         residual, normed, qkv, attended: the residual stream in float32, and what blocks make of it.
         o_parts, down_parts: float32 partial products, still to be added up.
         routed, inner: inputs and inner activations [pairs, I] of the experts, by their dtype.
@@ -200,9 +192,9 @@ class StepBuffers:
         self.inputs = zeros(6, rows, of=torch.int64)
         self.tables = zeros(rows, blocks_for(config.max_context), of=torch.int32)
         self.spans = zeros(3, rows, of=torch.int32)
-        self.span_cut = SpanCut.of(config.num_heads, config.num_kv_heads, config.sliding_window)
-        self.pieces = zeros(self.span_cut.most_pieces(rows), 4, of=torch.int32)
-        self.span_scratch = SpanScratch(self.span_cut, config.head_dim, device)
+        cut = SpanCut.of(config.num_heads, config.num_kv_heads, config.sliding_window)
+        self.pieces = zeros(cut.most_pieces(rows), 4, of=torch.int32)
+        self.span_scratch = SpanScratch(cut, config.head_dim, device)
         self.residual = zeros(rows, hidden, of=torch.float32)
         self.normed = zeros(rows, hidden)
         self.qkv = zeros(rows, heads * config.head_dim)

@@ -211,7 +211,7 @@ class StepGraphs:
 
     def _pieces(self, size: int) -> Tensor:
         """Room for all that prompts of so many rows are cut into."""
-        return self.buffers.pieces[: self.buffers.span_cut.most_pieces(size)]
+        return self.buffers.pieces[: self.buffers.span_scratch.cut.most_pieces(size)]
 
     def _shapes(self, size: int) -> StepShapes:
         return StepShapes.of(size, exact=self._exact)
@@ -235,7 +235,7 @@ class StepGraphs:
         upload.send(tiles, step.tiles)
         upload.send(tables, buffers.tables[: len(spans), : tables.shape[1]])
         if step.prompts:
-            room, pieces = self._pieces(size), buffers.span_cut.pieces(where)
+            room, pieces = self._pieces(size), buffers.span_scratch.cut.pieces(where)
             pieces += [NOTHING] * (len(room) - len(pieces))
             upload.send(torch.tensor(pieces, dtype=torch.int32), room)
             upload.send(
