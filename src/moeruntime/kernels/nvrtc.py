@@ -6,8 +6,11 @@ For what Triton cannot express: which lane holds which operand of a matrix produ
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from torch import Tensor
 
 from moeruntime.errors import ResourceError
 from moeruntime.kernels.driver import chains, check_driver, driver
+from moeruntime.kernels.image_cache import ImageCache
 
-__all__ = ["Kernel", "compile_kernel", "parameters"]
+__all__ = ["Kernel", "compile_images", "compile_kernel", "parameters"]
 
 
 PLAIN_SHARED_BYTES = 48 * 1024
@@ -106,6 +110,8 @@ def parameters(
 def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
     """Compile a file's kernel for the current device, unless that was done before.
 
+    What was compiled once is kept on disk (`ImageCache`), until sources or compiler change.
+
     Args:
         path: CUDA C++ that includes nothing but files beside it.
         name: an `extern "C"` kernel in it.
@@ -117,11 +123,27 @@ def compile_kernel(path: Path, name: str, defines: tuple[tuple[str, int], ...]) 
     return _loaded(path, name, defines, torch.cuda.current_device())
 
 
+def compile_images(wanted: Iterable[tuple[Path, tuple[tuple[str, int], ...]]]) -> None:
+    """Compile kernels at once, several at a time, so that `compile_kernel` need not.
+
+    Args:
+        wanted: files and macros.
+
+    Raises:
+        ResourceError: as `compile_kernel`.
+    """
+    capability = torch.cuda.get_device_capability()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = [pool.submit(_image, path, defines, capability) for path, defines in wanted]
+        for one in made:
+            one.result()
+
+
 @cache
 def _loaded(path: Path, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
     """A loaded module is the device's that it was loaded on."""
     capability = torch.cuda.get_device_capability(device)
-    image = _compile(path, dict(defines), capability)
+    image = _image(path, defines, capability)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream()  # makes sure that the device's context is current
     check_driver(driver().cuModuleLoadData(ctypes.byref(module), image))
@@ -129,18 +151,26 @@ def _loaded(path: Path, name: str, defines: tuple[tuple[str, int], ...], device:
     return Kernel(function, capability)
 
 
-def _compile(path: Path, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+@cache
+def _image(path: Path, defines: tuple[tuple[str, int], ...], capability: tuple[int, int]) -> bytes:
     library = _nvrtc()
-    program = ctypes.c_void_p()
-    library.nvrtcCreateProgram(
-        ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None
-    )
     # With what this architecture alone has, as Hopper's products of warpgroups.
     own = "a" if capability[0] >= 9 else ""
     flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{own}", "--std=c++17"]
     flags.append("--device-as-default-execution-space")  # as lambdas in lambdas need it
+    flags += [f"-D{name}={value}" for name, value in defines]
+    version = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(*map(ctypes.byref, version))
+    images = ImageCache()
+    key = repr((path.name, flags, [one.value for one in version], _sources(path.parent)))
+    found = images.get(key)
+    if found is not None:
+        return found
     flags.append(f"--include-path={path.parent}")
-    flags += [f"-D{name}={value}" for name, value in defines.items()]
+    program = ctypes.c_void_p()
+    library.nvrtcCreateProgram(
+        ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None
+    )
     array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     status = library.nvrtcCompileProgram(program, len(flags), array)
     size = ctypes.c_size_t()
@@ -153,7 +183,18 @@ def _compile(path: Path, defines: Mapping[str, int], capability: tuple[int, int]
     image = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, image)
     library.nvrtcDestroyProgram(ctypes.byref(program))
+    images.put(key, image.raw)
     return image.raw
+
+
+@cache
+def _sources(folder: Path) -> str:
+    """A digest of all kernels in a folder, which may include each other."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.cu*")):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 @cache
