@@ -17,7 +17,7 @@ from kernel_fixtures import ON_CPU, ON_CUDA, Allow
 from moeruntime import Engine, Request, SamplingParams, synthetic
 from moeruntime.kernels import attention_cuts
 from moeruntime.loading import Loader, load_experts
-from moeruntime.models import Batch, Decoder, step_buffers
+from moeruntime.models import Batch, Decoder, step_buffers, step_graphs
 from moeruntime.models import fused as fused_decoder
 from moeruntime.models.batch import Span, token_groups
 from moeruntime.models.experts import DecodedCache
@@ -107,8 +107,9 @@ def load_reference(engine: Engine) -> Decoder:
 def test_prompts_and_decodes_of_mixed_variants(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, model: str, code: str, dtype: str
 ) -> None:
-    """Three sequences of two variants: prompts, decodes, and a prompt beside decodes."""
+    """Three sequences of two variants: prompts, decodes, a prompt beside decodes, one variant."""
     monkeypatch.setattr(attention_cuts, "SPLIT_KEYS", 8)
+    monkeypatch.setattr(step_graphs, "ALONE_ROWS", 1)
     source = SyntheticSource(model, num_variants=3, code=code)
     with Engine(source, device=device.type, dtype=dtype, max_sequences=8) as engine:
         cache = engine.model.cache
@@ -166,6 +167,12 @@ def test_prompts_and_decodes_of_mixed_variants(
                 torch.testing.assert_close(one, old, rtol=0, atol=0, equal_nan=True)
             expected(step)  # puts back what was set to 0
             at = tuple(start + count for start, count in zip(at, counts, strict=True))
+        alone = spans(at, (1, 1, 1))[1:]
+        _, expected_TV = expected(alone)
+        assert_alike(engine.graphs.run(alone)[0], expected_TV, dtype)
+        # As a graph of its own, where variants have faces of their own.
+        private = engine.model.max_faces > source.manifest.config.num_experts
+        assert {kind.alone for kind in engine.graphs._steps} == {False, private}
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_CUDA)], indirect=True)

@@ -5,6 +5,8 @@ Legend: L layers, F faces, C places for pairs, T tokens, K experts a token.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,12 @@ class FaceLists:
         """Most tiles of up to `tokens` pairs of one face that so many pairs can form."""
         num_faces = self.counts_LF.shape[1]
         return min(num_pairs, (num_pairs + num_faces * (tokens - 1)) // tokens)
+
+    def wanting(self, most: int) -> FaceLists:
+        """The same lists, for steps that can want so many faces of a layer at most."""
+        lists = copy(self)
+        lists.most_wanted = min(most, self.most_wanted)
+        return lists
 
     def reset(self) -> None:
         """Forget all pairs."""

@@ -21,6 +21,7 @@ from moeruntime.kernels.shapes import Shape
 from moeruntime.kv_cache import blocks_for
 
 __all__ = [
+    "ALONE_ROWS",
     "BATCH_SIZES",
     "FEW_PAIRS",
     "StepBuffers",
@@ -36,6 +37,10 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 PROMPT_SIZES = (8, 16, 32, 64, 96, 128, 192, 256)
 """Others, if they have no more tokens, to the next of these."""
+
+ALONE_ROWS = 32
+"""Steps of so many rows, or more, that are of one variant alone have graphs of their own where
+variants have experts of their own: each of them then serves many tokens, or few."""
 
 FEW_PAIRS = 1024
 """Of a token and a choice. Plain experts of a step with no more go through the kernels of decode,

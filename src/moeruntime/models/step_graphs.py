@@ -1,8 +1,10 @@
-"""Steps of few tokens, captured in CUDA graphs: one for each size of step, and of two kinds.
+"""Steps of few tokens, captured in CUDA graphs: one for each size of step, and kind.
 
 A graph's launches and addresses are frozen; what differs from step to step is data: tokens,
 positions, block tables, which resident slot and variant each row has, and which rows form the tiles
 of a dense product. So one graph serves any mixture of variants, and an activation needs no capture.
+Where variants have private codes, larger steps of one variant alone are a kind of their own, since
+kernels are chosen by how many tokens an expert has.
 
 Steps of one token a sequence have attention of their own, and at the end of one its tokens and
 positions are already those of the next, on the device: as long as the same sequences go on, the
@@ -24,6 +26,7 @@ from torch import Tensor
 from moeruntime.capture import capture
 from moeruntime.families.decoder import layer_role
 from moeruntime.kernels import norms
+from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.projections import project
 from moeruntime.kernels.shapes import tile_rows
 from moeruntime.kernels.spans import Spans, padded, tables_of_lone
@@ -38,6 +41,7 @@ from moeruntime.models.step_attention import (
     decode_scratch,
 )
 from moeruntime.models.step_buffers import (
+    ALONE_ROWS,
     StepBuffers,
     StepShapes,
     batch_sizes,
@@ -79,10 +83,12 @@ class StepGraphs:
             True: prompt_sizes(max_step_tokens),
         }
         self.max_tokens = step_rows(max_step_tokens)
-        self._steps: dict[tuple[bool, int], _Step] = {}
+        self._steps: dict[_Kind, _Step] = {}
+        self._last: _Step | None = None
         self._pool: Any = None
         config, device = model.config, model.faces_VLE.device
         self._exact = model.head.dtype == torch.float32
+        self._private = model.max_faces > config.num_experts
         # Layers differ in whether their experts take float32: each kind has its own.
         kinds = {expert_dtype(pool, model.head.dtype) for pool in model.pools}
         self.buffers = StepBuffers(
@@ -97,38 +103,56 @@ class StepGraphs:
             unless they are overwritten. Both belong to this object and last until the next step.
         """
         num_rows = sum(len(span.token_ids) for span in spans)
-        step = self._step(num_rows > len(spans), num_rows)
+        alone = spans[0].slot == spans[-1].slot
+        self._last = step = self._step(self._kind(num_rows > len(spans), alone, num_rows))
         self._set(step, spans)
         step.graph.replay()
         return self._results(num_rows)
 
     def run_on(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Run the next token of each, after a step of one token a sequence."""
-        self._step(False, num_rows).graph.replay()
+        assert self._last is not None and not self._last.kind.prompts
+        self._last.graph.replay()
         return self._results(num_rows)
 
     def capture_all(self) -> None:
         """Capture the graphs that no step has needed yet; memory is shared, so largest first."""
-        for prompts, sizes in self._sizes.items():
-            for size in reversed(sizes):
-                self._step(prompts, size)
+        kinds = [
+            self._kind(prompts, alone, size)
+            for prompts, sizes in self._sizes.items()
+            for size in reversed(sizes)
+            for alone in (False, True)
+        ]
+        top_k = self._model.config.top_k
+        self._model.compile_ahead([(self._lists(kind), kind.size * top_k) for kind in kinds])
+        for kind in kinds:
+            self._step(kind)
 
     def _results(self, num_rows: int) -> tuple[Tensor, Tensor]:
         return self.buffers.logits[:num_rows], self.buffers.inputs[0, :num_rows]
 
-    def _step(self, prompts: bool, num_rows: int) -> _Step:
-        """What serves so many rows, filled up."""
+    def _kind(self, prompts: bool, alone: bool, num_rows: int) -> _Kind:
+        """Of the step that serves so many rows, filled up."""
         size = next(size for size in self._sizes[prompts] if size >= num_rows)
-        if (prompts, size) not in self._steps:
-            step = self._steps[prompts, size] = self._capture(prompts, size)
+        return _Kind(prompts, alone and self._private and size >= ALONE_ROWS, size)
+
+    def _lists(self, kind: _Kind) -> FaceLists:
+        lists = self.buffers.lists
+        return lists.wanting(self._model.config.num_experts) if kind.alone else lists
+
+    def _step(self, kind: _Kind) -> _Step:
+        if kind not in self._steps:
+            step = self._steps[kind] = self._capture(kind)
             self._pool = self._pool or step.graph.pool()
-        return self._steps[prompts, size]
+        return self._steps[kind]
 
     @torch.inference_mode()
-    def forward(self, size: int, tiles_3N: Tensor, *, prompts: bool) -> None:
-        """The launches of one step of `size` rows, with prompts or without."""
+    def forward(self, kind: _Kind, tiles_3N: Tensor) -> None:
+        """The launches of one step."""
+        size, prompts = kind.size, kind.prompts
         model, config, shapes = self._model, self._model.config, self._shapes(size)
         weights, buffers = model.weights, self.buffers
+        lists = self._lists(kind)
         pairs = size * config.top_k
         inputs = buffers.inputs[:, :size].unbind()
         token_T, position_T, slot_T, variant_T, cache_row_T, table_T = inputs
@@ -157,7 +181,7 @@ class StepGraphs:
             ),
             prompts=PromptTokens(self._pieces(size), buffers.span_scratch) if prompts else None,
         )
-        buffers.lists.reset()
+        lists.reset()
         residual.copy_(weights["embed_tokens"][slot_T, token_T])
         parts = None
         for layer in range(config.num_layers):
@@ -174,8 +198,8 @@ class StepGraphs:
             attend(layer, qkv, out_TC=attended)
             o_proj = weights[layer_role(layer, "o_proj")]
             project(attended, o_proj, tiles_3N, shapes.o, out=o_parts)
-            pool, kind = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
-            routed, inner = buffers.routed[kind][:size], buffers.inner[kind][:pairs]
+            pool, dtype = model.pools[layer], expert_dtype(model.pools[layer], normed.dtype)
+            routed, inner = buffers.routed[dtype][:size], buffers.inner[dtype][:pairs]
             norms.route(
                 residual,
                 o_parts,
@@ -184,15 +208,15 @@ class StepGraphs:
                 slot_T,
                 variant_T,
                 model.faces_VLE[:, layer],
-                buffers.lists,
+                lists,
                 layer,
                 config.rms_norm_eps,
                 out_TH=routed,
             )
-            gate_up(pool, routed, buffers.lists, layer, shapes.gate_up, buffers.byte_rows, inner)
-            num_parts = down_parts(pool, shapes.down, buffers.lists, pairs)
+            gate_up(pool, routed, lists, layer, shapes.gate_up, buffers.byte_rows, inner)
+            num_parts = down_parts(pool, shapes.down, lists, pairs)
             found = cut(buffers.down_parts, pairs, num_parts)
-            down(pool, inner, buffers.lists, layer, shapes.down, buffers.byte_rows, found)
+            down(pool, inner, lists, layer, shapes.down, buffers.byte_rows, found)
             parts = found.view(size, config.top_k * num_parts, hidden)
         norms.add_norm(
             residual, parts, weights["final_norm"], slot_T, config.rms_norm_eps, out_TH=normed
@@ -218,7 +242,7 @@ class StepGraphs:
 
     def _set(self, step: _Step, spans: Sequence[Span]) -> None:
         """Send a step's inputs; rows past the last sequence meet nothing."""
-        buffers, size = self.buffers, step.size
+        buffers, size = self.buffers, step.kind.size
         columns, where = lay_out(spans)
         columns.append(tables_of_lone(where))
         idle = size - len(columns[0])
@@ -234,7 +258,7 @@ class StepGraphs:
         upload.send(inputs, buffers.inputs[:, :size])
         upload.send(tiles, step.tiles)
         upload.send(tables, buffers.tables[: len(spans), : tables.shape[1]])
-        if step.prompts:
+        if step.kind.prompts:
             room, pieces = self._pieces(size), buffers.span_scratch.cut.pieces(where)
             pieces += [NOTHING] * (len(room) - len(pieces))
             upload.send(torch.tensor(pieces, dtype=torch.int32), room)
@@ -243,25 +267,31 @@ class StepGraphs:
                 buffers.spans[:, : len(where)],
             )
 
-    def _capture(self, prompts: bool, size: int) -> _Step:
-        """The graph of steps of `size` rows."""
-        buffers = self.buffers
+    def _capture(self, kind: _Kind) -> _Step:
+        """The graph of such steps."""
+        buffers, size = self.buffers, kind.size
         device = buffers.inputs.device
         tiles = torch.full((3, self.num_tiles(size)), -1, dtype=torch.int32, device=device)
         # Nothing reads or writes the cache.
         buffers.inputs[:, :size] = torch.tensor(IDLE, device=device)[:, None]
         self._pieces(size).copy_(torch.tensor(NOTHING))
-        graph = capture(
-            lambda: self.forward(size, tiles, prompts=prompts), pool=self._pool, device=device
-        )
-        return _Step(size, prompts, tiles, graph)
+        graph = capture(lambda: self.forward(kind, tiles), pool=self._pool, device=device)
+        return _Step(kind, tiles, graph)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """With prompts or without, of one variant alone or of any, and of how many rows."""
+
+    prompts: bool
+    alone: bool
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One size of step, with prompts or without: its graph, and which tiles of a slot it has."""
+    """The graph of a kind of step, and which tiles of a slot it has."""
 
-    size: int
-    prompts: bool
+    kind: _Kind
     tiles: Tensor
     graph: torch.cuda.CUDAGraph
