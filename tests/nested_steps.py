@@ -112,11 +112,12 @@ class Step:
     def check(self, cut: Cut | None, num_parts: int = 1) -> None:
         """Run, and compare with codes that are decoded first, in float32."""
         inner, out = self.run(cut, num_parts)
+        cut = cut or nested_fast.chosen_cut(self.gate_up, self.lists, len(self.inner_MI))
         inputs = [self.x_TH, self.inner_MI, self.gate_up_FRC, self.down_FRC]
-        if cut is not None and cut.wide:  # all of which it rounds
+        if cut.wide:  # all of which it rounds
             inputs = [one.bfloat16() for one in inputs]
         x_TH, inner_MI, gate_up_FRC, down_FRC = (one.float() for one in inputs)
-        most = 1e-5 if cut is not None and cut.wide else 1e-3
+        most = 1e-5 if cut.wide else 1e-3
         assert inner.isfinite().all() and out.isfinite().all()
         chosen_M, weights_M = self.chosen_TK.flatten(), self.weights_TK.flatten()
         for face in range(len(self.faces)):
@@ -140,7 +141,7 @@ def name_of(cut: Cut | None) -> str:
     if cut is None:
         return "chosen"
     if cut.meet:
-        return f"meet{cut.meet}in{cut.meeting}"
+        return f"meet{cut.meet}"
     if cut.wide:
         return f"wide{cut.tiles}"
     return f"many{cut.tiles}" if cut.many else f"few{cut.tiles}x{cut.turns}"

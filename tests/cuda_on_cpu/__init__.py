@@ -33,6 +33,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="cuda_on_cpu-", ignore_cleanup_erro
 
 INSTRUCTIONS = {
     "mbarrier.init": "barrier_init",
+    "@first mbarrier.arrive": "barrier_arrive_first",
     "mbarrier.arrive.expect_tx": "barrier_expect",
     "mbarrier.arrive": "barrier_arrive",
     "mbarrier.try_wait.parity": "barrier_wait",
@@ -41,6 +42,7 @@ INSTRUCTIONS = {
     "cp.async.commit_group": "nothing",  # all are waited for
     "cp.async.wait_group 0": "copy_wait_all",
     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32": "warp_product",
+    "lop3.b32 %0, %1, %2, %3, 0xE4": "select_bits",
     "fma.rn.bf16x2": "two_times_plus",
     "cvt.rn.bf16x2.f32": "two_rounded",
     "wgmma.fence": "nothing",

@@ -173,6 +173,9 @@ inline void barrier_arrive(uint32_t address) {
     Phase &phase = phase_at(address);
     phase.pending--, settle(phase);
 }
+inline void barrier_arrive_first(uint32_t address, uint32_t lane) {
+    if (lane == 0) barrier_arrive(address);
+}
 inline void barrier_expect(uint32_t address, int bytes) {
     Phase &phase = phase_at(address);
     phase.bytes += bytes, phase.pending--, settle(phase);
@@ -242,6 +245,8 @@ inline void two_times_plus(uint32_t &out, uint32_t a, uint32_t b, uint32_t c) {
     out = found;
 }
 inline void two_rounded(uint32_t &out, float upper, float lower) { out = bfloat16(upper) << 16 | bfloat16(lower); }
+
+inline void select_bits(uint32_t &out, uint32_t a, uint32_t b, uint32_t of_a) { out = a & of_a | b & ~of_a; }
 
 inline void multiply(const WarpgroupProduct &product) { // by all of a warpgroup
     rows_of[running] = product.a;

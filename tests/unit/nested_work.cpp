@@ -50,7 +50,7 @@ struct Step {
         const int tokens_of[] = {8, 16, 32, 48}, most_of[] = {0, 16, 1000};
         tokens = tokens_of[draw(0, 3)];
         most_tokens = most_of[draw(0, 2)];
-        meeting_tiles = draw(0, 1) ? 8 : 12;
+        meeting_tiles = draw(8, MOST_PARTS);
         units.resize(max(1, min(pairs, (pairs + MOST_FACES * (tokens - 1)) / tokens)));
         meetings.resize(pairs + 1);
         std::memset(meetings.data(), 0xAB, meetings.size() * sizeof(Meeting));
@@ -90,27 +90,19 @@ void check_lists(const Step &step, int round) {
         if (meeting.tiles < 1 || meeting.tiles > step.meeting_tiles) fail(round, "a meeting's tiles");
         if (meeting.before != before || meeting.cost < 1) fail(round, "costs");
         before += meeting.cost;
-        for (int tile = 0; tile < meeting.tiles; tile++) {
-            const int face = meeting.faces[tile], tokens = meeting.tokens[tile];
+        int tiles = 0;
+        for (int part = 0; part < meeting.parts; part++) {
+            const int face = meeting.faces[part], tokens = meeting.tokens[part], first = meeting.first[part];
             const Face &one = step.faces[face];
-            if (one.slot != meeting.slot || one.bits != meeting.bits) fail(round, "who meets is not alike");
-            if (one.step != meeting.steps[tile] || step.counts[face] > step.most_tokens) fail(round, "a face");
-            if (tokens < 0 || tokens > TILE || !step.has(face, meeting.first[tile], max(tokens, 1)))
-                fail(round, "a tile's tokens");
-            if (tokens && meeting.tile[tile] != step.tile_of(face, meeting.first[tile] % Step::CAPACITY))
-                fail(round, "where a tile's tokens lie");
-            for (int k = 0; k < tokens; k++) times[meeting.first[tile] + k]++;
+            if (one.slot != meeting.slot || step.counts[face] > step.most_tokens) fail(round, "who meets");
+            if (tokens < 1 || tokens > TILE * PART_TILES || !step.has(face, first, tokens)) fail(round, "a part's tokens");
+            if (meeting.tile[part] != step.tile_of(face, first % Step::CAPACITY)) fail(round, "where a part's tokens lie");
+            const int own = tiles_for(tokens);
+            if (meeting.codes[part] != (u32)(own | one.bits << 4 | one.step << 8)) fail(round, "a part's code");
+            tiles += own;
+            for (int k = 0; k < tokens; k++) times[first + k]++;
         }
-        for (int tile = 0; tile < meeting.tiles; tile += meeting.sizes[tile]) {
-            const int size = meeting.sizes[tile];
-            if (size != 1 && size != 2 && size != 4) fail(round, "a size");
-            if (tile % size || tile + size > meeting.tiles) fail(round, "where tiles of one face lie");
-            for (int k = 1; k < size; k++)
-                if (meeting.faces[tile + k] != meeting.faces[tile] || meeting.tile[tile + k] != meeting.tile[tile] + k)
-                    fail(round, "tiles of two faces as of one");
-            if (size == 1 && tile % 2 == 0 && tile + 1 < meeting.tiles && meeting.sizes[tile + 1] != 1)
-                fail(round, "beside one tile there is one, or none");
-        }
+        if (tiles != meeting.tiles) fail(round, "how many tiles a meeting has");
     }
     for (auto [token, count] : times)
         if (count != 1) fail(round, "a token twice");

@@ -14,6 +14,7 @@ import torch
 from moeruntime.kernels import nested_fast
 from moeruntime.kernels.face_lists import FaceLists
 from moeruntime.kernels.face_parts import TILE, UNIT_WORDS, WIDE_TILE, ByteRows, Cut, FacePart
+from moeruntime.kernels.nested_programs import few_bytes
 
 HIDDEN, INNER, SLOTS, TOP_K = 1024, 2048, 8, 2
 MAX_SHARED_BYTES, LEAST_SHARED_BYTES = 227 * 1024, 99 * 1024
@@ -23,9 +24,9 @@ CPU = torch.device("cpu")
 CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (4, 1))),
-    *(Cut(tiles, many=True) for tiles in (2, 4, 8, 12)),
+    *(Cut(tiles, many=True) for tiles in (4, 8, 12)),
     *(Cut(tiles, wide=True) for tiles in (4, 8, 12, 16)),
-    *(Cut(8, many=True, meet=32, meeting=tiles) for tiles in (8, 12)),
+    Cut(4, many=True, meet=32),
 ]
 Launch = tuple[str, tuple[int, int, int], Sequence[Any], int]
 
@@ -110,10 +111,9 @@ def test_other_devices_have_room_for_the_kernel_of_few_tokens(
         small = make_part(4, 2, wide=True, is_gate_up=is_gate_up)
         part = replace(small, num_rows=rows, num_columns=columns)
         lists = FaceLists(1, len(part.faces_F6), num_pairs, 1, CPU)
-        cut = nested_fast._cut(part, lists, num_pairs)
+        cut = nested_fast.chosen_cut(part, lists, num_pairs)
         assert not cut.many and not cut.meet
-        turns = cut.turns if is_gate_up else 1
-        assert nested_fast._shared_bytes(part, cut, turns) <= LEAST_SHARED_BYTES
+        assert few_bytes(part, cut) <= LEAST_SHARED_BYTES
 
 
 def test_down_comes_in_parts_where_its_programs_leave_the_last_round_half_empty(
@@ -121,8 +121,8 @@ def test_down_comes_in_parts_where_its_programs_leave_the_last_round_half_empty(
 ) -> None:
     part = make_part(4, 1, wide=False, is_gate_up=False)  # 32 programs a pair, 528 at once
     lists = FaceLists(1, len(part.faces_F6), 64, 1, CPU)
-    parts = {pairs: nested_fast.down_parts(part, lists, pairs) for pairs in (2, 8, 10, 16, 32, 64)}
-    assert parts == {2: 2, 8: 2, 10: 1, 16: 1, 32: 2, 64: 1}, "64 have the kernel of many tokens"
+    parts = {pairs: nested_fast.down_parts(part, lists, pairs) for pairs in (2, 8, 10, 16)}
+    assert parts == {2: 2, 8: 2, 10: 1, 16: 1}, "10 just fill a round, 16 are for another kernel"
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,34 @@ def test_a_step_of_one_variant_is_cut_as_in_a_pack_of_one(
         part = make_part(num_variants, 1, wide=False, is_gate_up=True)
         num_faces = len(part.faces_F6)
         lists = FaceLists(1, num_faces, num_pairs, 1, CPU, most_wanted=most_wanted)
-        return nested_fast._cut(part, lists, num_pairs)
+        return nested_fast.chosen_cut(part, lists, num_pairs)
 
     assert cut(4, SLOTS) == cut(1, None)
     assert cut(4, 4 * SLOTS) == cut(4, None)
     assert (cut(4, None) != cut(4, SLOTS)) == differ
+
+
+def test_what_is_compiled_ahead_is_what_steps_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[tuple[Path, object]] = []
+    ahead: list[tuple[Path, object]] = []
+
+    def compile_kernel(path: Path, name: str, defines: object) -> Callable[..., None]:
+        wanted.append((path, defines))
+        return lambda *arguments, shared_bytes: None
+
+    monkeypatch.setattr(nested_fast, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(nested_fast, "compile_images", ahead.extend)
+    monkeypatch.setattr(nested_fast, "_device", lambda device: (132, True))
+    num_faces, most = 4 * SLOTS, 128
+    lists = FaceLists(1, num_faces, most, TOP_K, CPU)
+    scratch = ByteRows(lists, most, HIDDEN, INNER)
+    parts = [make_part(4, 1, wide=False, is_gate_up=is_gate_up) for is_gate_up in (True, False)]
+    steps = [(lists, tokens * TOP_K) for tokens in (1, 8, 40, most)]
+    nested_fast.compile_ahead(parts, steps)
+    for _, num_pairs in steps:
+        x, inner = torch.zeros(num_pairs // TOP_K, HIDDEN), torch.zeros(num_pairs, INNER)
+        nested_fast.gate_up(x, parts[0], lists, 0, scratch, out_MI=inner)
+        num_parts = nested_fast.down_parts(parts[1], lists, num_pairs)
+        out = torch.zeros(num_pairs, num_parts, HIDDEN)
+        nested_fast.down(inner, parts[1], lists, 0, scratch, out_MSH=out)
+    assert len(ahead) == len(set(ahead)) and set(ahead) == set(wanted)

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 PLACE = Place(torch.device("cpu"), gate_up=(512, 1024), down=(256, 2048))
 
 
-def meeting_of(tiles: int, most: int = 1000) -> Cut:
-    return Cut(8, many=True, meet=most, meeting=tiles)
+def meeting_of(most: int) -> Cut:
+    return Cut(4, many=True, meet=most)
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
         ("plain", 60, Cut(8, many=True)),
         ("alone", 9, None),
         ("meeting", 20, None),
-        ("meeting", 60, meeting_of(8)),
-        ("meeting", 60, meeting_of(12)),
-        ("meeting", 60, meeting_of(12, most=16)),
+        ("meeting", 60, meeting_of(1000)),
+        ("meeting", 60, meeting_of(16)),
+        ("mixed", 60, meeting_of(1000)),
+        ("meeting", 150, meeting_of(1000)),
+        ("threes", 40, meeting_of(1000)),
     ],
     ids=lambda value: name_of(value) if isinstance(value, Cut) else None,
 )
@@ -60,7 +62,7 @@ def test_parts_of_down_add_up() -> None:
 
 def test_sums_are_the_same_whichever_program_comes_first() -> None:
     step = Step(PLACE, ALL_FACES["meeting"], num_tokens=60)
-    outs = [step.run(meeting_of(12)) for _ in range(3)]
+    outs = [step.run(meeting_of(1000)) for _ in range(3)]
     for inner, out in outs:
         assert torch.equal(inner, outs[0][0])
         assert torch.equal(out, outs[0][1])

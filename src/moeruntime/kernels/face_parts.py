@@ -18,17 +18,16 @@ from moeruntime.kernels.face_lists import FaceLists
 
 __all__ = [
     "GROUP",
-    "LARGE_MEETING",
     "MANY_ROWS",
     "MANY_THREADS",
     "MEETING_ROWS",
-    "MEETING_THREADS",
+    "MEETING_TILES",
     "MOST_A_FACE",
     "MOST_PAIRS",
     "MOST_PROGRAMS",
+    "PART_TILES",
     "PROGRAMS_AT_ONCE",
     "ROWS",
-    "SMALL_MEETING",
     "TILE",
     "UNIT_WORDS",
     "WARPS",
@@ -61,11 +60,9 @@ MAX_FACES = 128
 MAX_TURNS = 8
 """That a program of gate_up takes."""
 
-MEETING_THREADS, MEETING_ROWS = 512, 192
-"""Threads of a program of `nested_meetings.cu`, and rows that it takes at a time."""
-
-SMALL_MEETING, LARGE_MEETING = 8, 12
-"""Tiles of four tokens that a program of `nested_meetings.cu` takes at most."""
+MEETING_ROWS, MEETING_TILES, PART_TILES = 192, 12, 6
+"""Rows that a program of `nested_meetings.cu` takes at a time, at most; tiles of four tokens of a
+meeting, at most; and of a part of it."""
 
 MOST_PROGRAMS = 144
 """Of `nested_meetings.cu`, that run at once: one for each multiprocessor of a Hopper device."""
@@ -73,14 +70,19 @@ MOST_PROGRAMS = 144
 UNIT_WORDS = 48
 """Integers that describe a unit of work, or a meeting of faces."""
 
-FEW_TO_MEET, MORE_TO_MEET, MANY_TO_MEET, MOST_TO_MEET = 1.5, 5.0, 9.0, 32
-"""On a Hopper device `nested_meetings.cu` serves between so many tokens of a face, on average, in
-large meetings from so many on; and no face that has more than so many."""
+FEW_TO_MEET, MANY_TO_MEET, MOST_TO_MEET = 32, 40, 64
+"""On a Hopper device `nested_meetings.cu` serves steps of so many (token, choice) pairs or more,
+with up to so many of a slot, on average; and no face that has more than so many."""
 
-FEW_A_FACE, MANY_A_FACE, MOST_A_FACE = 3, 48, 512
-"""On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average; where
-there are more than so many `nested_wide.cu` does; and where more than so many codes are decoded
-first."""
+FEW_A_FACE = 2
+"""On a Hopper device `nested_many.cu` serves so many tokens of a face, or more, on average."""
+
+FOUR_TILES, EIGHT_TILES = 10, 24
+"""Up to so many tokens of a face, on average, its programs take so many tiles; above, twelve."""
+
+MANY_A_FACE, MOST_A_FACE = 48, 512
+"""Where there are more than so many tokens of a face, on average, `nested_wide.cu` serves them; and
+where more than so many codes are decoded first."""
 
 MOST_PAIRS = 512
 """On other devices codes are decoded first where a step has more (token, choice) pairs."""
@@ -115,11 +117,6 @@ class FacePart:
     is_gate_up: bool
     in_strips: bool = False
 
-    @property
-    def may_meet(self) -> bool:
-        """Whether `nested_meetings.cu` reads such codes: of faces of two private bits at most."""
-        return self.num_planes == 1 and not self.wide
-
 
 def is_fast(code: NestedCode, shape: tuple[int, int], private: Sequence[PrivateCode]) -> bool:
     """Whether `nested_fast` serves a matrix [R, C] of these faces: its tiles must fit."""
@@ -135,12 +132,11 @@ class Cut:
     Attributes:
         tiles: of four tokens, of eight where it is wide, that a program has at most.
         turns: that a program of gate_up takes, one run of rows after another.
-        many: `nested_many.cu`, for which tiles are 2, 4, 8 or 12 and turns 1, in place of
+        many: `nested_many.cu`, for which tiles are 4, 8 or 12 and turns 1, in place of
             `nested_fast.cu`, for which they are 1, 2 or 4.
         wide: `nested_wide.cu`, for which tiles are 4, 8, 12 or 16 and turns 1.
         meet: before `nested_many.cu`, `nested_meetings.cu` serves faces of a slot together that
             have up to so many tokens each.
-        meeting: tiles of them at a time, SMALL_MEETING or LARGE_MEETING.
     """
 
     tiles: int
@@ -148,7 +144,6 @@ class Cut:
     many: bool = False
     wide: bool = False
     meet: int = 0
-    meeting: int = SMALL_MEETING
 
     @property
     def tile(self) -> int:
@@ -173,18 +168,16 @@ class Cut:
             num_pairs: of a token and a choice.
             num_faces: of the layer.
             hopper: whether the device is one.
-            faces_a_slot: on average; 1 where they cannot be served together.
+            faces_a_slot: on average.
         """
         a_face = num_pairs / num_faces
-        if hopper and faces_a_slot > 2 and FEW_TO_MEET <= a_face <= MANY_TO_MEET:
-            meeting = SMALL_MEETING if a_face < MORE_TO_MEET else LARGE_MEETING
-            return cls(8, many=True, meet=MOST_TO_MEET, meeting=meeting)
         if hopper and a_face > MANY_A_FACE:
             return cls(16, wide=True)
-        # All tokens may be of one variant: then there are many for each of its faces.
-        if hopper and a_face >= FEW_A_FACE:
-            # Tiles that are not full are what tells.
-            return cls(12 if a_face > 24 else 8, many=True)
+        a_slot = a_face * faces_a_slot
+        meets = faces_a_slot > 1.5 and num_pairs >= FEW_TO_MEET and a_slot <= MANY_TO_MEET
+        if hopper and (meets or a_face >= FEW_A_FACE):
+            tiles = 4 if a_face <= FOUR_TILES else 8 if a_face <= EIGHT_TILES else 12
+            return cls(tiles, many=True, meet=MOST_TO_MEET if meets else 0)
         tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
         turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
         return cls(tiles, turns)
@@ -210,7 +203,7 @@ class ByteRows:
         self.values = torch.empty(2 * columns, dtype=torch.int8, device=device)
         self.groups = torch.empty(2 * columns // GROUP, dtype=torch.float32, device=device)
         self.units = torch.empty(2 * UNIT_WORDS * num_pairs, dtype=torch.int32, device=device)
-        sums = 2 * MOST_PROGRAMS * MEETING_ROWS * TILE * LARGE_MEETING
+        sums = 2 * MOST_PROGRAMS * MEETING_ROWS * TILE * MEETING_TILES
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
         self.arrived = torch.empty(MOST_PROGRAMS, dtype=torch.int32, device=device)
 

@@ -6,8 +6,13 @@
 __device__ __forceinline__ void init_barrier(u32 at, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
-__device__ __forceinline__ void arrive(u32 at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+// By a whole warp, of which one lane does. A jump here would part what products of a warpgroup read.
+__device__ __forceinline__ void arrive_once(u32 at) {
+    __syncwarp();
+    asm volatile("{.reg .pred first; setp.eq.b32 first, %1, 0;\n"
+                 "@first mbarrier.arrive.shared::cta.b64 _, [%0];}" ::"r"(at),
+                 "r"(threadIdx.x & 31)
+                 : "memory");
 }
 __device__ __forceinline__ void await_phase(u32 at, u32 parity) {
     asm volatile("{.reg .pred done;\n"
@@ -17,7 +22,7 @@ __device__ __forceinline__ void await_phase(u32 at, u32 parity) {
                  : "memory");
 }
 
-// Like `arrive`, and so many bytes are to come before the phase ends.
+// By one thread: and so many bytes are to come before the phase ends.
 __device__ __forceinline__ void arrive_expecting(u32 at, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
@@ -86,11 +91,14 @@ template <class Sum, int T> struct Product;
 #define FIRST_4 "%0,%1,%2,%3"
 #define FIRST_8 FIRST_4 ",%4,%5,%6,%7"
 #define FIRST_16 FIRST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define FIRST_12 FIRST_8 ",%8,%9,%10,%11"
+#define FIRST_24 FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define FIRST_32 FIRST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define FIRST_48 FIRST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define FIRST_64 FIRST_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define C4(R, i) R(c[i]), R(c[i + 1]), R(c[i + 2]), R(c[i + 3])
-#define C16(R, i) C4(R, i), C4(R, i + 4), C4(R, i + 8), C4(R, i + 12)
+#define C8(R, i) C4(R, i), C4(R, i + 4)
+#define C16(R, i) C8(R, i), C8(R, i + 8)
 #define INTEGER "+r"
 #define NUMBER "+f"
 
@@ -107,8 +115,10 @@ template <class Sum, int T> struct Product;
 #define OF_NUMBERS(T, COLUMNS, ...) PRODUCT(float, T, "m64n" COLUMNS "k16.f32.bf16.bf16", ", 1, 1, 0", __VA_ARGS__)
 
 OF_INTEGERS(1, "8", FIRST_4, "%4,%5,%6,%7", "%8", "%9", C4(INTEGER, 0));
-OF_INTEGERS(2, "16", FIRST_8, "%8,%9,%10,%11", "%12", "%13", C4(INTEGER, 0), C4(INTEGER, 4));
+OF_INTEGERS(2, "16", FIRST_8, "%8,%9,%10,%11", "%12", "%13", C8(INTEGER, 0));
+OF_INTEGERS(3, "24", FIRST_12, "%12,%13,%14,%15", "%16", "%17", C8(INTEGER, 0), C4(INTEGER, 8));
 OF_INTEGERS(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", C16(INTEGER, 0));
+OF_INTEGERS(6, "48", FIRST_24, "%24,%25,%26,%27", "%28", "%29", C16(INTEGER, 0), C8(INTEGER, 16));
 OF_INTEGERS(8, "64", FIRST_32, "%32,%33,%34,%35", "%36", "%37", C16(INTEGER, 0), C16(INTEGER, 16));
 OF_INTEGERS(12, "96", FIRST_48, "%48,%49,%50,%51", "%52", "%53", C16(INTEGER, 0), C16(INTEGER, 16), C16(INTEGER, 32));
 OF_NUMBERS(4, "32", FIRST_16, "%16,%17,%18,%19", "%20", "%21", C16(NUMBER, 0));
@@ -132,12 +142,14 @@ template <int COUNT> __device__ __forceinline__ void keep_order(float (&c)[COUNT
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 // c (+)= what four products of 16 registers and the tokens that an operand says make; `add` whether there was any.
-template <int T, class Sum>
+// An operand's last three bits are 0, so bits may be SET in place of adding numbers: who compiles this makes fewer
+// instructions of the one in some kernels, of the other in others.
+template <int T, bool SET = false, class Sum>
 __device__ __forceinline__ void start_products(Sum (&c)[4 * T], const u32 (&a)[16], u64 operand, int add = 0) {
     keep_order(c);
     fence_registers();
 #pragma unroll
-    for (int i = 0; i < 4; i++) Product<Sum, T>::start(c, a + 4 * i, operand + 2 * i, add + i);
+    for (int i = 0; i < 4; i++) Product<Sum, T>::start(c, a + 4 * i, SET ? operand | 2 * i : operand + 2 * i, add + i);
     commit_products();
 }
 // While products run, those before are added up.
@@ -182,15 +194,19 @@ struct Arguments : Columns { // of a kernel
     __device__ __forceinline__ void copy_rows(u32 to, const u8 *from, int byte, int row, int count, u32 barrier) const {
         copy_bytes(to, from + (i64)byte * num_rows + row * GROUP, count * GROUP, barrier);
     }
-    // What was found for a row and the one `apart` from it.
-    __device__ __forceinline__ void write(i64 pair, int row, float first, float second) const {
+    // What was found for a row and the one `apart` from it, weighted already.
+    __device__ __forceinline__ void put(i64 pair, int row, float first, float second) const {
         if (GATE_UP) {
             out[pair * (num_rows / 2) + row] = first / (1.f + __expf(-first)) * second;
         } else {
-            const float weight = weights[pair];
-            out[pair * num_rows + row] = first * weight;
-            out[pair * num_rows + row + HALF] = second * weight;
+            out[pair * num_rows + row] = first;
+            out[pair * num_rows + row + HALF] = second;
         }
+    }
+    __device__ __forceinline__ float weight_of(i64 pair) const { return GATE_UP ? 1.f : weights[pair]; }
+    __device__ __forceinline__ void write(i64 pair, int row, float first, float second) const {
+        const float weight = weight_of(pair);
+        put(pair, row, first * weight, second * weight);
     }
     // Tokens of `count` tiles, and what they count, in a step.
     __device__ __forceinline__ void copy_tiles(int step, int tile, int count, u32 tokens_to, u32 groups_to,
@@ -201,4 +217,4 @@ struct Arguments : Columns { // of a kernel
     }
 };
 
-__device__ __forceinline__ float scale_from(u16 bits) { return __uint_as_float((u32)bits << 16); }
+__device__ __forceinline__ float scale_from(u32 bits) { return __uint_as_float(bits << 16); }

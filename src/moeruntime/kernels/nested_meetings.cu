@@ -1,34 +1,43 @@
 // The experts of a step over nested codes, for faces of one slot that meet, on Hopper devices.
 //
 // The same sums as `nested_fast.cu`, whose head says what they are and how codes lie: integers, exact, and one
-// scale for 128 columns. A block takes a meeting, up to TILES tiles of four tokens of faces of a slot, and three
-// times 64 rows (of gate_up 32 neurons' gate and up rows). Of a step (`Columns`) it multiplies H with the tokens of
-// all of them, then each face's L with its own. So H is fetched and brought into registers once for all, and codes
-// are multiplied as they lie in a byte: one instruction for four of them, where putting 8 H + a L together as
-// `nested_many.cu` does takes five. The powers of two leave with the scale.
+// scale for 128 columns. `nested_many.cu` serves a face after the other, and where a slot has several it is what
+// multiprocessors can fetch that limits it: the shared codes again for each. Here a block takes a meeting of faces of a
+// slot, in parts of up to TILES tiles of four tokens of a face, and ROWS rows (of gate_up half as many neurons' gate
+// and up rows). Of a step (`Columns`) it fetches the shared codes once, then the private codes and the tokens of one
+// part after the other, and puts codes together anew for each.
 //
-// There is a block for every multiprocessor, and each has as much to do (`for_each_piece`). One thread has codes
-// copied into a ring of slots by the copy engine, another has tokens copied into another ring, of one piece of work
-// after the other. Three warpgroups multiply 64 rows each, and never wait for each other: a lane has a neuron's
-// gate and up row.
+// There is a block for every multiprocessor, and each has as much to do (`for_each_piece`). Three threads have shared
+// codes, private codes and tokens copied into rings of slots by the copy engine, of one piece of work after the other;
+// a slot of private codes is free again as soon as they are in registers. WARPGROUPS warpgroups multiply 64 rows each,
+// and never wait for each other: a lane has a neuron's gate and up row. Its sums of all parts are in shared memory,
+// where only it reads them, as registers have no numbers that a program could count up. While a warp waits for its
+// products the others of its scheduler put codes together. Tried and no faster: H multiplied by itself, with the tokens
+// of all faces at once, and L with those of each; deeper rings, with smaller parts.
 //
-// Compiled with GATE_UP, COLUMNS, TILES (8 or 12), CODE_SLOTS and TOKEN_SLOTS (of the rings).
+// Compiled with GATE_UP, COLUMNS, WARPGROUPS, TILES (6), SUMS (tiles of a meeting), PLANES (private planes that a face
+// has at most: three bits are two), WIDE (somebody has a private plane of 4 bits), OWN_SLOTS and TOKEN_SLOTS (of rings).
 
-#include "nested_hopper.cuh"
+constexpr int ROWS = 64 * WARPGROUPS; // of a block
+constexpr int RUN = ROWS * 128;       // bytes of a run of codes
 
-constexpr int WARPGROUPS = 3, ROWS = 64 * WARPGROUPS; // of a block
+#include "nested_joined.cuh"
+
 constexpr int WORKERS = 128 * WARPGROUPS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int RUN = ROWS * GROUP; // bytes of a run of codes
-constexpr int TOKEN_SLOT = TILES * TILE_STEP, GROUPS = TILES * TILE_GROUPS; // of a step
-constexpr int TOKENS_AT = CODE_SLOTS * RUN, GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
-constexpr int BARRIERS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
-constexpr int ARRIVED_AT = BARRIERS_AT + 16 * (CODE_SLOTS + TOKEN_SLOTS);
-constexpr int PARTIAL = ROWS * TILES * TILE; // sums of a piece of work
+constexpr int SHARED_SLOTS = 2, SHARED_SLOT = 2 * RUN; // of a step
+constexpr int OWN_SLOT = OWN_RUNS * RUN, TOKEN_SLOT = TILES * TILE_STEP, GROUPS = TILES * TILE_GROUPS; // of a part
+constexpr int OWN_AT = SHARED_SLOTS * SHARED_SLOT, TOKENS_AT = OWN_AT + OWN_SLOTS * OWN_SLOT;
+constexpr int GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT, SUMS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
+constexpr int BARRIERS_AT = SUMS_AT + SUMS * 8 * WORKERS;
+constexpr int ADDRESSEES_AT = BARRIERS_AT + 16 * (SHARED_SLOTS + OWN_SLOTS + TOKEN_SLOTS);
+constexpr int ARRIVED_AT = ADDRESSEES_AT + SUMS * TILE * 8;
+constexpr int PARTIAL = ROWS * SUMS * TILE; // sums of a piece of work
 
 constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
 
-typedef SlotRing<CODE_SLOTS, RUN, 0, BARRIERS_AT> Codes;
-typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
+typedef SlotRing<SHARED_SLOTS, SHARED_SLOT, 0, BARRIERS_AT> SharedRing;
+typedef SlotRing<OWN_SLOTS, OWN_SLOT, OWN_AT, BARRIERS_AT + 16 * SHARED_SLOTS> OwnRing;
+typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * (SHARED_SLOTS + OWN_SLOTS)> TokenRing;
 
 struct Step : Arguments {
     const Face *faces;
@@ -48,221 +57,235 @@ struct Step : Arguments {
     __device__ __forceinline__ int first_row(int tile) const { return min(tile * ROWS, num_rows - ROWS); }
 };
 
-// One thread: all codes that a piece of work needs, in the order in which they are read.
-__device__ __forceinline__ void copy_codes(const Step &of, const Piece &piece, u32 memory_at, Codes &ring) {
-    const Meeting &meeting = *piece.meeting;
-    const int first_row = of.first_row(piece.tile);
-    auto copy_run = [&](const u8 *plane, int byte) {
-        const u32 full = memory_at + ring.full();
+// Of what a meeting says of a part.
+__device__ __forceinline__ int tiles_of(u32 part) { return part & 0xF; }
+__device__ __forceinline__ Code code_of(u32 part) { return {(int)(part >> 4 & 0xF), (int)(part >> 8)}; }
+
+// One thread: the shared codes that a piece of work needs.
+__device__ __forceinline__ void copy_shared(const Step &of, const Piece &piece, u32 memory_at, SharedRing &ring) {
+    const u8 *const shared = of.shared_plane(piece.meeting->slot);
+    const int first_row = of.first_row(piece.tile), J = COLUMNS / 8;
+#pragma unroll 1
+    for (int step = piece.first; step < piece.last; step++) {
+        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+        const int p = of.run_of(step), j = of.column_of(step);
         await_phase(memory_at + ring.empty(), ring.parity ^ 1);
-        arrive_expecting(full, RUN);
-        of.copy_rows(memory_at + ring.at(), plane, byte, first_row, ROWS, full);
+        arrive_expecting(full, SHARED_SLOT);
+        of.copy_rows(to, shared, p * J + j, first_row, ROWS, full);
+        of.copy_rows(to + RUN, shared, (p + 2) * J + j, first_row, ROWS, full);
         ring.advance();
-    };
-    const u8 *const shared = of.shared_plane(meeting.slot);
-    const int run_bytes = COLUMNS / 8, own_run = meeting.bits == 1 ? 0 : run_bytes, tiles = meeting.tiles;
+    }
+}
+
+// One thread: the private codes of all parts, in the order in which they are read.
+__device__ __forceinline__ void copy_own(const Step &of, const Piece &piece, u32 memory_at, OwnRing &ring) {
+    const Meeting &meeting = *piece.meeting;
+    const int first_row = of.first_row(piece.tile), J = COLUMNS / 8, parts = meeting.parts;
 #pragma unroll 1
     for (int step = piece.first; step < piece.last; step++) {
         const int p = of.run_of(step), j = of.column_of(step);
-        copy_run(shared, p * run_bytes + j);
-        copy_run(shared, (p + 2) * run_bytes + j);
 #pragma unroll 1
-        for (int tile = 0; tile < tiles; tile += meeting.sizes[tile]) {
-            const Face &face = of.faces[meeting.faces[tile]];
-            copy_run(plane_of(face.at4, face.at2, face.at1, meeting.bits), p * own_run + j);
+        for (int part = 0; part < parts; part++) {
+            const Face &face = of.faces[meeting.faces[part]];
+            const Code code = {(int)face.bits, (int)face.step};
+            const int own_runs = code.own_runs();
+            const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+            const u8 *const own = plane_of(face.at4, face.at2, face.at1, code.bits);
+            auto copy_run = [&](int run, const u8 *plane, int byte) {
+                of.copy_rows(to + run * RUN, plane, byte, first_row, ROWS, full);
+            };
+            await_phase(memory_at + ring.empty(), ring.parity ^ 1);
+            arrive_expecting(full, code.runs() * RUN);
+            if (own_runs) copy_run(0, own, (code.bits == 1 ? 0 : p * J) + j);
+            if (own_runs == 2) copy_run(1, own, (p + 2) * J + j);
+            if (code.second()) copy_run(OWN, (const u8 *)face.at1, j);
+            ring.advance();
         }
     }
 }
 
-// One thread: all tokens, tiles of a face at once.
-__device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, u32 memory_at, Tokens &ring) {
+// One thread: their tokens.
+__device__ __forceinline__ void copy_tokens(const Step &of, const Piece &piece, u32 memory_at, TokenRing &ring) {
     const Meeting &meeting = *piece.meeting;
-    const Bytes sizes = meeting.sizes;
-    const int tiles = meeting.tiles;
+    const int parts = meeting.parts;
 #pragma unroll 1
-    for (int step = piece.first; step < piece.last; step++) {
-        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
-        const u32 groups_to = memory_at + GROUPS_AT + ring.slot * GROUPS;
-        await_phase(memory_at + ring.empty(), ring.parity ^ 1);
-        arrive_expecting(full, tiles * (TILE_STEP + TILE_GROUPS));
+    for (int step = piece.first; step < piece.last; step++)
 #pragma unroll 1
-        for (int tile = 0; tile < tiles; tile += sizes[tile])
-            of.copy_tiles(of.tokens_of(step), meeting.tile[tile], sizes[tile], to + tile * TILE_STEP,
-                          groups_to + tile * TILE_GROUPS, full);
-        ring.advance();
-    }
+        for (int part = 0; part < parts; part++) {
+            const int tiles = tiles_for(meeting.tokens[part]);
+            const u32 full = memory_at + ring.full();
+            await_phase(memory_at + ring.empty(), ring.parity ^ 1);
+            arrive_expecting(full, tiles * (TILE_STEP + TILE_GROUPS));
+            of.copy_tiles(of.tokens_of(step), meeting.tile[part], tiles, memory_at + ring.at(),
+                          memory_at + GROUPS_AT + ring.slot * GROUPS, full);
+            ring.advance();
+        }
 }
 
-// What a lane has of a piece of work with up to four times HALVES tiles.
-template <int HALVES> struct Worker {
+struct Addressee { // of a token's sums
+    int pair;     // -1: nobody
+    float weight; // by which they are multiplied first
+};
+// Those of a meeting. By all that multiply, before they serve it.
+__device__ __forceinline__ void list_addressees(const Step &of, const Meeting &meeting, Addressee *list) {
+    await_threads<WORKERS>(); // the last meeting's are no longer read
+    int first = 0;            // tile of a part
+    for (int part = 0; part < meeting.parts; part++) {
+        const u32 what = meeting.codes[part];
+        const int token = (int)threadIdx.x - TILE * first, tiles = tiles_of(what);
+        if (token >= 0 && token < TILE * tiles) {
+            const int pair = token < meeting.tokens[part] ? of.pairs[meeting.first[part] + token] : -1;
+            const float scale = code_of(what).way() == ANY ? Joined<ANY>::SCALE : Joined<NARROW>::SCALE;
+            list[threadIdx.x] = {pair, pair < 0 ? 0.f : of.weight_of(pair) / scale};
+        }
+        first += tiles;
+    }
+    await_threads<WORKERS>();
+}
+
+// What a lane has of a piece of work.
+struct Worker {
     const Step &of;
     const Piece &piece;
     const Meeting &meeting;
     u8 *const memory;
     const u32 memory_at;
-    Codes &codes;
-    Tokens &tokens;
+    SharedRing &shared;
+    OwnRing &own;
+    TokenRing &tokens;
     const int lane = threadIdx.x & 31, t = lane & 3, mine = 64 * (threadIdx.x / 128) + own_row(); // of the block's rows
     const int row = of.row_of(of.first_row(piece.tile) + mine);
-    const bool single = meeting.bits == 1; // bit: runs lie a bit apart
-    float sums[4 * HALVES][2] = {};        // of a tile's token, both rows
-    u16 scales[BATCHES][2];
-    u64 operand;          // tokens of the first batch, and
-    const float2 *groups; // what their integers count: of the tile that is first in `sums`
+    float2 *const sums = (float2 *)(memory + SUMS_AT) + threadIdx.x; // of a tile's token, both rows; WORKERS apart
+    float scales[BATCHES][2];
+    u32 next_scales[BATCHES][2];
 
-    __device__ __forceinline__ void release(u32 at) {
-        __syncwarp();
-        if (lane == 0) arrive(memory_at + at);
-    }
-    __device__ __forceinline__ void load_run(Words &words) {
-        await_phase(memory_at + codes.full(), codes.parity);
-        load(words, memory + codes.at(), mine, t);
-        release(codes.empty());
-        codes.advance();
-    }
+    __device__ __forceinline__ void release(u32 at) { arrive_once(memory_at + at); }
 
-    // H with all tokens, four tiles at a time.
-    __device__ __forceinline__ void multiply_shared() {
-        Words words;
-        u32 h[2][16];
-        int c[2][16];
-        auto start = [&](int at) {
-            const int batch = at / HALVES, half = at % HALVES;
-            if (half == 0) {
-                if (batch % 2 == 0) load_run(words);
+    // A step of a part of up to T tiles, whose sums begin there.
+    template <int T, Way WAY>
+    __device__ __forceinline__ void multiply(int tiles, const Code &code, int p, float2 *sums_of) {
+        // Five tiles are served as six, of which the last one is the next part's.
+        auto is_other = [&](int tile) { return T > 4 && tile == T - 1 && tiles < T; };
+        float found[T][2];
 #pragma unroll
-                for (int i = 0; i < 16; i++) h[batch & 1][i] = words[i] & 0x0F0F0F0Fu << 4 * (batch & 1);
-            }
-            keep_order(h[batch & 1]);
-            start_products<4>(c[at & 1], h[batch & 1], operand + (batch * TILE_BYTES + half * 4 * TILE_STEP) / 16);
+        for (int tile = 0; tile < T; tile++) {
+            const float2 both = is_other(tile) ? make_float2(0.f, 0.f) : sums_of[tile * WORKERS];
+            found[tile][0] = both.x, found[tile][1] = both.y;
+        }
+        const u64 operand = descriptor(memory_at + tokens.at(), TILE_STEP);
+        const float2 *const groups = (const float2 *)(memory + GROUPS_AT + tokens.slot * GROUPS) + t;
+        const float middle = Joined<WAY>::SCALE * code.middle();
+        Joined<WAY> joined(code);
+        u32 a[2][16];
+        int c[4 * T];
+        auto join = [&](int batch) {
+            const int field = batch & 1, upper = batch >> 1; // of q = p + 2 upper
+            if (field == 0) joined.load_run(memory + shared.at(), memory + own.at(), mine, t, p, upper);
+#pragma unroll
+            for (int i = 0; i < 16; i++) a[field][i] = joined.of(i, p, upper, field);
         };
-        auto add_up = [&](int at) {
-            const int batch = at / HALVES, half = at % HALVES;
-            const float times = batch & 1 ? 0.5f : 8.f; // the second field lies 4 bits higher
-            const float u[2] = {scale_from(scales[batch][0]) * times, scale_from(scales[batch][1]) * times};
-            keep_order(c[at & 1]);
+        await_phase(memory_at + own.full(), own.parity);
+        await_phase(memory_at + tokens.full(), tokens.parity);
+        join(0);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float one = groups[((4 * half + i) * BATCHES + batch) * TILE].x;
+        for (int batch = 0; batch < BATCHES; batch++) {
+            start_products<T, true>(c, a[batch & 1], operand + batch * TILE_BYTES / 16);
+            if (batch + 1 < BATCHES) join(batch + 1);
+            await_products<0>();
+            if (batch == (Joined<WAY>::BOTH ? 1 : 0)) release(own.empty()); // it is all in registers
+            add_up<T>(found, c, groups + batch * TILE, scales[batch], middle);
+        }
 #pragma unroll
-                for (int below = 0; below < 2; below++)
-                    sums[4 * half + i][below] += u[below] * (whole(c[at & 1] + 4 * i + 2 * below) * one);
-            }
-        };
-        pipeline<BATCHES * HALVES>(start, add_up);
+        for (int tile = 0; tile < T; tile++)
+            if (!is_other(tile)) sums_of[tile * WORKERS] = make_float2(found[tile][0], found[tile][1]);
     }
-
-    // L of a face, a a step of it, with T tiles of tokens, from the one that is the FIRST in `sums` on.
-    template <int T, int FIRST> __device__ __forceinline__ void multiply_own(int a, bool later_run) {
-        const u32 mask = !single ? 0x03030303u : later_run ? 0x02020202u : 0x01010101u;
-        const float middle = 60.f + (float)a * (single ? 0.5f : 1.5f);
-        const float times = (float)a * (single && later_run ? 0.5f : 1.f);
-        Words words;
-        u32 l[2][16];
-        int c[2][4 * T];
-        load_run(words);
-        auto shift_of = [](int batch) { return 4 * (batch & 1) + 2 * (batch >> 1); };
-        auto start = [&](int batch) {
-#pragma unroll
-            for (int i = 0; i < 16; i++) l[batch & 1][i] = words[i] & mask << shift_of(batch);
-            keep_order(l[batch & 1]);
-            start_products<T>(c[batch & 1], l[batch & 1], operand + (batch * TILE_BYTES + FIRST * TILE_STEP) / 16);
-        };
-        auto add_up = [&](int batch) {
-            const float power = times / (float)(1 << shift_of(batch));
-            keep_order(c[batch & 1]);
-#pragma unroll
-            for (int i = 0; i < T; i++) {
-                const float2 one = groups[((FIRST + i) * BATCHES + batch) * TILE];
-                const float counts = one.x * power, less = one.y * middle;
-#pragma unroll
-                for (int below = 0; below < 2; below++)
-                    sums[FIRST + i][below] += scale_from(scales[batch][below]) *
-                                              (whole(c[batch & 1] + 4 * i + 2 * below) * counts - less);
-            }
-        };
-        pipeline<BATCHES>(start, add_up);
-    }
-
-    // Tiles are multiplied where they are first, since registers have no numbers that a program could count up.
-    template <int BY> __device__ __forceinline__ void turn() {
-        float were[4 * HALVES][2];
-#pragma unroll
-        for (int i = 0; i < 8 * HALVES; i++) were[i >> 1][i & 1] = sums[i >> 1][i & 1];
-#pragma unroll
-        for (int i = 0; i < 8 * HALVES; i++) sums[i >> 1][i & 1] = were[((i >> 1) + BY) % (4 * HALVES)][i & 1];
-        operand += BY * TILE_STEP / 16;
-        groups += BY * BATCHES * TILE;
+    template <Way WAY> __device__ __forceinline__ void multiply(int tiles, const Code &code, int p, float2 *sums_of) {
+        if (tiles > 4)
+            multiply<6, WAY>(tiles, code, p, sums_of);
+        else if (tiles > 3)
+            multiply<4, WAY>(tiles, code, p, sums_of);
+        else if (tiles > 2)
+            multiply<3, WAY>(tiles, code, p, sums_of);
+        else if (tiles > 1)
+            multiply<2, WAY>(tiles, code, p, sums_of);
+        else
+            multiply<1, WAY>(tiles, code, p, sums_of);
     }
 
     __device__ __forceinline__ void multiply_all() {
-        const Bytes steps = meeting.steps, sizes = meeting.sizes;
         const u16 *scale_at = of.scales + ((i64)meeting.slot * of.num_rows + row) * of.num_groups() + piece.first;
         const u16 *scale_below = scale_at + of.apart() * of.num_groups();
-#pragma unroll 1
-        for (int step = piece.first; step < piece.last; step++, scale_at++, scale_below++) {
+        auto load_scales = [&] {
 #pragma unroll
             for (int batch = 0; batch < BATCHES; batch++) {
-                scales[batch][0] = __ldg(scale_at + of.group_of(0, batch));
-                scales[batch][1] = __ldg(scale_below + of.group_of(0, batch));
+                next_scales[batch][0] = __ldg(scale_at + of.group_of(0, batch));
+                next_scales[batch][1] = __ldg(scale_below + of.group_of(0, batch));
             }
-            await_phase(memory_at + tokens.full(), tokens.parity);
-            operand = descriptor(memory_at + tokens.at(), TILE_STEP);
-            groups = (const float2 *)(memory + GROUPS_AT + tokens.slot * GROUPS) + t;
-            multiply_shared();
-            const bool later_run = of.run_of(step);
+        };
+        load_scales();
+        const int num_parts = meeting.parts;
+        u32 next = meeting.codes[0];
 #pragma unroll 1
-            for (int tile = 0; tile < 4 * HALVES; tile += 2) {
-                const int size = tile < meeting.tiles ? sizes[tile] : 0, a = steps[tile];
-                if (size == 4) {
-                    multiply_own<4, 0>(a, later_run);
-                    turn<2>();
-                    tile += 2;
-                } else if (size == 2) {
-                    multiply_own<2, 0>(a, later_run);
-                } else if (size == 1) {
-                    multiply_own<1, 0>(a, later_run);
-                    if (tile + 1 < meeting.tiles) multiply_own<1, 1>(steps[tile + 1], later_run);
-                }
-                turn<2>();
+        for (int step = piece.first; step < piece.last; step++) {
+#pragma unroll
+            for (int i = 0; i < 2 * BATCHES; i++) scales[i >> 1][i & 1] = scale_from(next_scales[i >> 1][i & 1]);
+            if (step + 1 < piece.last) scale_at++, scale_below++;
+            load_scales();
+            const int p = of.run_of(step);
+            float2 *sums_of = sums;
+            await_phase(memory_at + shared.full(), shared.parity);
+#pragma unroll 1
+            for (int at = 0; at < num_parts; at++) {
+                const u32 part = next;
+                next = meeting.codes[at + 1 < num_parts ? at + 1 : 0];
+                const int tiles = tiles_of(part);
+                const Code code = code_of(part);
+                for_way(code, [&](auto way) { multiply<decltype(way)::value>(tiles, code, p, sums_of); });
+                release(tokens.empty());
+                own.advance();
+                tokens.advance();
+                sums_of += tiles * WORKERS;
             }
-            release(tokens.empty());
-            tokens.advance();
+            release(shared.empty());
+            shared.advance();
         }
     }
 
     // Of a tile that is cut, this block's sums meet the other's. Whether it came second: then it has all of them.
     __device__ __forceinline__ bool meet_other() {
         const bool end = piece.first > 0;
-        const int tile = blockIdx.x + !end;
-        float *const mine = of.partial + (2 * tile + end) * PARTIAL + threadIdx.x;
-        const float *const its = of.partial + (2 * tile + !end) * PARTIAL + threadIdx.x;
+        const int tile = blockIdx.x + !end, count = meeting.tiles;
+        float2 *const mine = (float2 *)(of.partial + (2 * tile + end) * PARTIAL) + threadIdx.x;
+        const float2 *const its = (const float2 *)(of.partial + (2 * tile + !end) * PARTIAL) + threadIdx.x;
         volatile int &arrived = *(volatile int *)(memory + ARRIVED_AT);
-#pragma unroll
-        for (int i = 0; i < 8 * HALVES; i++) mine[i * WORKERS] = sums[i >> 1][i & 1];
+        for (int i = 0; i < count; i++) mine[i * WORKERS] = sums[i * WORKERS];
         __threadfence();
         await_threads<WORKERS>();
         if (threadIdx.x == 0) arrived = atomicAdd(of.arrived + tile, 1);
         await_threads<WORKERS>();
         if (arrived == 0) return false;
         __threadfence();
-#pragma unroll
-        for (int i = 0; i < 8 * HALVES; i++) sums[i >> 1][i & 1] += __ldcg(its + i * WORKERS);
+        for (int i = 0; i < count; i++) {
+            const float2 other = __ldcg(its + i * WORKERS);
+            sums[i * WORKERS].x += other.x, sums[i * WORKERS].y += other.y;
+        }
         return true;
     }
 
     __device__ __forceinline__ void write() const {
-        if (of.first_row(piece.tile) + mine < piece.tile * ROWS) return; // they are the tile's before
-#pragma unroll
-        for (int tile = 0; tile < 4 * HALVES; tile++) {
-            if (tile >= meeting.tiles || t >= meeting.tokens[tile]) continue;
-            of.write(of.pairs[meeting.first[tile] + t], row, sums[tile][0], sums[tile][1]);
+        const Addressee *const list = (const Addressee *)(memory + ADDRESSEES_AT) + t;
+        for (int tile = 0; tile < meeting.tiles; tile++) {
+            const Addressee to = list[tile * TILE];
+            const float2 both = sums[tile * WORKERS];
+            if (to.pair >= 0) of.put(to.pair, row, both.x * to.weight, both.y * to.weight);
         }
     }
 
     __device__ __forceinline__ void run() {
+        for (int i = 0; i < meeting.tiles; i++) sums[i * WORKERS] = make_float2(0.f, 0.f);
         multiply_all();
-        if (piece.last - piece.first == STEPS || meet_other()) write();
+        const bool whole = piece.last - piece.first == STEPS || meet_other();
+        if (whole && of.first_row(piece.tile) + mine >= piece.tile * ROWS) write(); // others are the tile's before
         __syncwarp();
     }
 };
@@ -276,11 +299,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     begin();
     if (meetings[0].meetings == 0) return;
     const u32 memory_at = (u32)__cvta_generic_to_shared(memory);
-    Codes codes;
-    Tokens tokens;
+    SharedRing shared;
+    OwnRing own;
+    TokenRing tokens;
     if (threadIdx.x == 0) {
-        Codes::init(memory_at, WARPS);
-        Tokens::init(memory_at, WARPS);
+        SharedRing::init(memory_at, WARPS);
+        OwnRing::init(memory_at, WARPS);
+        TokenRing::init(memory_at, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();
@@ -290,17 +315,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (threadIdx.x == WORKERS)
             for_each_piece<STEPS>(meetings, of.tiles(),
-                                  [&](const Piece &piece) { copy_codes(of, piece, memory_at, codes); });
+                                  [&](const Piece &piece) { copy_shared(of, piece, memory_at, shared); });
         else if (threadIdx.x == WORKERS + 32)
+            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) { copy_own(of, piece, memory_at, own); });
+        else if (threadIdx.x == WORKERS + 64)
             for_each_piece<STEPS>(meetings, of.tiles(),
                                   [&](const Piece &piece) { copy_tokens(of, piece, memory_at, tokens); });
     } else {
+#if WARPGROUPS == 3
         asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+#else
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+#endif
+        const Meeting *last = nullptr;
         for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) {
-            if (piece.meeting->tiles <= TILES - 4)
-                Worker<TILES / 4 - 1>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
-            else
-                Worker<TILES / 4>{of, piece, *piece.meeting, memory, memory_at, codes, tokens}.run();
+            if (piece.meeting != last) list_addressees(of, *piece.meeting, (Addressee *)(memory + ADDRESSEES_AT));
+            last = piece.meeting;
+            Worker{of, piece, *piece.meeting, memory, memory_at, shared, own, tokens}.run();
         });
     }
 }

@@ -138,8 +138,7 @@ __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, i
                 if (PLANES > 1 && upper == 0) load(own1, here + (2 + OWN) * RUN, mine, t);
             }
             if (batch == BATCHES - 1) {
-                __syncwarp();
-                if (lane == 0) arrive(memory_at + codes.empty());
+                arrive_once(memory_at + codes.empty());
             }
             const int shift1 = p + 2 * upper + 4 * field;
             const int own_shift = bits == 1 ? shift1 : (bits == 4 ? 0 : 2 * upper) + 4 * field;
@@ -176,8 +175,7 @@ __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, i
                 start_products<T>(c, a[half], operand + half * TILE_BYTES / 32, at_step + batch + half);
                 await_products<1>();
                 if (half == 0 && at_step + batch > 0) { // those before are done
-                    __syncwarp();
-                    if (lane == 0) arrive(memory_at + done);
+                    arrive_once(memory_at + done);
                 }
             }
             done = tokens.empty();
@@ -186,8 +184,7 @@ __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, i
         codes.advance();
     }
     await_products<0>();
-    __syncwarp();
-    if (lane == 0) arrive(memory_at + done);
+    arrive_once(memory_at + done);
     keep_order(c);
 #pragma unroll
     for (int tile = 0; tile < T; tile++)

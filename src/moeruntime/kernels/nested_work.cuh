@@ -25,27 +25,16 @@ struct Unit { // tokens of one face
 #define TILE_TOKENS 4
 #endif
 constexpr int TILE = TILE_TOKENS; // tokens of a face, side by side; tiles of all faces are numbered, face by face
-constexpr int MOST_TILES = 12; // of faces that meet
+constexpr int MOST_PARTS = 12, PART_TILES = 6; // of a meeting, and of a part
 
 __device__ __forceinline__ int tiles_for(int count) { return (count + TILE - 1) / TILE; }
 
-struct Bytes { // one for each tile
-    u32 words[MOST_TILES / 4];
-    // Where the bytes are in registers, which cannot be counted up.
-    __device__ __forceinline__ int operator[](int at) const {
-        const u32 word = at < 4 ? words[0] : at < 8 ? words[1] : words[2];
-        return word >> 8 * (at & 3) & 0xFF;
-    }
-    __device__ __forceinline__ void set(int at, int value) { ((u8 *)words)[at] = (u8)value; }
-};
-
-struct Meeting { // of faces of a slot that have as many private bits, in tiles
-    int first[MOST_TILES]; // of a tile: in `pairs`
-    Bytes tokens;          // and how many from there on
-    int tile[MOST_TILES];  // which of all tiles it is; an empty one has the number after its face's
-    Bytes faces, steps;
-    Bytes sizes; // how many tiles, from here on, are multiplied as one face's: 4, 2 or 1
-    int slot, bits, tiles;
+struct Meeting { // of faces of a slot, in parts of some tiles of one face
+    int first[MOST_PARTS]; // of a part: in `pairs`
+    int tile[MOST_PARTS];  // which of all tiles is the first
+    u32 codes[MOST_PARTS]; // tiles, bits << 4 and step << 8
+    u8 faces[MOST_PARTS], tokens[MOST_PARTS];
+    int slot, parts, tiles;
     int meetings;     // of the first one: how many there are
     int cost, before; // of a step, in small units, and that of the meetings before
 };
@@ -54,41 +43,37 @@ constexpr int MOST_FACES = 128;
 
 static_assert(sizeof(Unit) <= 4 * 48 && sizeof(Meeting) <= 4 * 48, "UNIT_WORDS of face_parts.py");
 
-// What a step of a meeting costs, in multiplied tokens, and codes fetched and made ready for them.
+// What a step of a meeting costs: codes are fetched and put together for each part, and multiplied with its tokens.
 __device__ __forceinline__ int cost_of(const Meeting &meeting) {
-    int cost = 3 + (meeting.tiles + 3) / 4 * 5;
-    for (int tile = 0; tile < meeting.tiles; tile += meeting.sizes[tile])
-        cost += meeting.sizes[tile] == 4 ? 7 : meeting.sizes[tile] + 3;
+    int cost = 6;
+    for (int part = 0; part < meeting.parts; part++) {
+        const int tiles = tiles_for(meeting.tokens[part]);
+        cost += 10 + tiles + (tiles > 4 ? 3 : 0);
+    }
     return cost;
 }
 
-// By one block, a thread for each face. Where faces may meet, a slot's that have as many private bits and up to
-// `most_tokens` are listed in meetings of up to `meeting_tiles`, as even ones as there are. What takes four tiles of a
-// face at once comes first, then what takes two, then what takes one, so that hardly any have to part. `tokens` of any
-// other face are a unit.
+// By one block, a thread for each face. Where faces may meet, a slot's that have up to `most_tokens` are listed in
+// meetings of up to `meeting_tiles`, as even ones as there are: the tiles of one face after the other, cut where a
+// meeting ends, and in parts of up to PART_TILES. `tokens` of any other face are a unit.
 __device__ void list_units(const Face *faces, const int *counts, int num_faces, Unit *units, int num_units, int tokens,
                            int capacity, Meeting *meetings, int meeting_tiles, int most_tokens) {
-    __shared__ int num_of[MOST_FACES], kind_of[MOST_FACES], tiles_of[MOST_FACES], meetings_of[MOST_FACES];
-    __shared__ int full_of[MOST_FACES];
+    __shared__ int num_of[MOST_FACES], slot_of[MOST_FACES], tiles_of[MOST_FACES], meetings_of[MOST_FACES];
     const int thread = threadIdx.x;
     for (int i = thread; i < num_units; i += MOST_FACES) units[i].tokens = 0;
     const Face face = thread < num_faces ? faces[thread] : Face{};
-    const int count = thread < num_faces ? counts[thread] : 0, kind = (int)(4 * face.slot + face.bits);
-    const bool may_meet = count > 0 && count <= most_tokens && (face.bits == 1 || face.bits == 2);
-    const int full = tiles_for(count), tiles = full + (full % 4 == 3); // three as four, of which one is empty
-    const int fours = tiles & ~3;
-    kind_of[thread] = may_meet ? kind : -1;
+    const int count = thread < num_faces ? counts[thread] : 0, tiles = tiles_for(count);
+    const bool may_meet = count > 0 && count <= most_tokens;
+    slot_of[thread] = may_meet ? (int)face.slot : -1;
     tiles_of[thread] = tiles;
-    full_of[thread] = full;
     __syncthreads();
-    int peers = 0, all = 0, all_fours = 0, all_twos = 0, fours_before = 0, twos_before = 0, ones_before = 0;
-    int leader = thread; // the first of those that may meet
+    int peers = 0, all = 0, begin = 0; // faces of the slot that may meet, their tiles, and those before this face's
+    int leader = thread;               // the first of them
     if (may_meet)
         for (int other = 0; other < num_faces; other++) {
-            if (kind_of[other] != kind) continue;
-            const int its = tiles_of[other];
-            if (other < thread) fours_before += its & ~3, twos_before += its & 2, ones_before += its & 1;
-            all += its, all_fours += its & ~3, all_twos += its & 2;
+            if (slot_of[other] != slot_of[thread]) continue;
+            if (other < thread) begin += tiles_of[other];
+            all += tiles_of[other];
             leader = min(leader, other);
             peers++;
         }
@@ -98,7 +83,7 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
     meetings_of[thread] = meets && leader == thread ? num_meetings : 0;
     __syncthreads();
     int at = 0, first_tile = 0;
-    for (int other = 0; other < min(thread, num_faces); other++) at += num_of[other], first_tile += full_of[other];
+    for (int other = 0; other < min(thread, num_faces); other++) at += num_of[other], first_tile += tiles_of[other];
     if (!meets) {
         for (int first = 0; first < count && at < num_units; first += tokens, at++)
             units[at] = {face.at4, face.at2, face.at1, thread, (int)face.slot, (int)face.bits, (int)face.step,
@@ -106,29 +91,35 @@ __device__ void list_units(const Face *faces, const int *counts, int num_faces, 
     } else {
         int first_meeting = 0;
         for (int other = 0; other < leader; other++) first_meeting += meetings_of[other];
-        // Meetings begin at even places, so that only fours can part, into twos.
-        auto begin_of = [&](int index) {
-            return min((index * all + 2 * num_meetings - 1) / (2 * num_meetings) * 2, all);
+        // A meeting's share of the slot's tiles, and what of a face's it has.
+        auto begin_of = [&](int index) { return index * all / num_meetings; };
+        auto parts_in = [&](int index, int from, int to) {
+            const int shared = min(to, begin_of(index + 1)) - max(from, begin_of(index));
+            return shared > 0 ? (shared + PART_TILES - 1) / PART_TILES : 0;
         };
-        for (int tile = 0; tile < tiles; tile++) {
-            const bool four = tile < fours, two = !four && tiles & 2;
-            const int place = four  ? fours_before + tile
-                              : two ? all_fours + twos_before + tile - fours
-                                    : all_fours + all_twos + ones_before;
-            const int index = min(place / 2 * 2 * num_meetings / all, num_meetings - 1);
-            const int begin = begin_of(index), end = begin_of(index + 1), in = place - begin;
+        for (int index = 0; index < num_meetings; index++) {
+            const int mine = parts_in(index, begin, begin + tiles);
+            if (mine == 0) continue;
+            int part = 0; // those of the faces before
+            for (int other = leader, from = 0; other < thread; other++) {
+                if (slot_of[other] != slot_of[thread]) continue;
+                part += parts_in(index, from, from + tiles_of[other]);
+                from += tiles_of[other];
+            }
             Meeting &meeting = meetings[first_meeting + index];
-            meeting.first[in] = thread * capacity + min(tile * TILE, count - 1);
-            meeting.tokens.set(in, max(0, min(TILE, count - tile * TILE)));
-            meeting.tile[in] = first_tile + tile;
-            meeting.faces.set(in, thread);
-            meeting.steps.set(in, (int)face.step);
-            const bool aligned = four && tile % 4 == 0 && in % 4 == 0 && place + 4 <= end;
-            meeting.sizes.set(in, aligned ? 4 : in % 2 == 0 && (four || two) ? 2 : 1);
-            if (in == 0) {
+            const int from = max(begin, begin_of(index)) - begin, until = min(begin + tiles, begin_of(index + 1)) - begin;
+            for (int i = 0; i < mine; i++, part++) {
+                const int at = from + i * (until - from) / mine, end = from + (i + 1) * (until - from) / mine;
+                meeting.first[part] = thread * capacity + at * TILE;
+                meeting.tile[part] = first_tile + at;
+                meeting.faces[part] = (u8)thread;
+                meeting.tokens[part] = (u8)(min(end * TILE, count) - at * TILE);
+                meeting.codes[part] = (u32)(end - at) | (u32)face.bits << 4 | (u32)face.step << 8;
+            }
+            if (begin + tiles >= begin_of(index + 1)) { // the last
                 meeting.slot = (int)face.slot;
-                meeting.bits = (int)face.bits;
-                meeting.tiles = end - begin;
+                meeting.parts = part;
+                meeting.tiles = begin_of(index + 1) - begin_of(index);
             }
         }
     }

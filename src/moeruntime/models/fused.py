@@ -81,6 +81,12 @@ class FusedDecoder:
         """Distinct experts of the layer that has the most."""
         return max(num_faces(pool) for pool in self.pools)
 
+    def compile_ahead(self, steps: Sequence[tuple[FaceLists, int]]) -> None:
+        """Compile what nested experts of steps need: their lists, and how many pairs they have."""
+        pools = [pool for pool in self.pools if isinstance(pool, CodedPool) and pool.fast]
+        parts = [part for pool in pools for part in (pool.gate_up, pool.down)]
+        nested_fast.compile_ahead(parts, steps)
+
     @torch.inference_mode()
     def forward(self, batch: Batch, before_layer: Callable[[int], None] | None = None) -> Tensor:
         """Run one step and write its keys and values to the cache.
