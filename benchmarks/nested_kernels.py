@@ -26,15 +26,17 @@ from moeruntime.kernels.face_parts import GROUP, MOST_TO_MEET, ByteRows, Cut, Fa
 H, I, E, K = 4096, 14336, 8, 2
 DEVICE = torch.device("cuda")
 CUTS = [Cut(tiles, turns) for tiles in (1, 2, 4) for turns in (1, 4)]
-CUTS += [Cut(tiles, many=True) for tiles in (4, 8, 12)] + [Cut(4, many=True, meet=MOST_TO_MEET)]
-CUTS += [Cut(tiles, wide=True) for tiles in (4, 8, 12, 16)]
+CUTS += [Cut(tiles, kernel="many") for tiles in (4, 8, 12)] + [
+    Cut(4, kernel="many", meet=MOST_TO_MEET)
+]
+CUTS += [Cut(tiles, kernel="wide") for tiles in (4, 8, 12, 16)]
 
 
 def way_of(cut: Cut) -> str:
     """How it is printed: the kernel, or its turns."""
-    if cut.wide:
+    if cut.kernel == "wide":
         return "wide"
-    return "meet" if cut.meet else "many" if cut.many else str(cut.turns)
+    return "meet" if cut.meet else "many" if cut.kernel == "many" else str(cut.turns)
 
 
 def make_part(

@@ -114,10 +114,10 @@ class Step:
         inner, out = self.run(cut, num_parts)
         cut = cut or nested_fast.chosen_cut(self.gate_up, self.lists, len(self.inner_MI))
         inputs = [self.x_TH, self.inner_MI, self.gate_up_FRC, self.down_FRC]
-        if cut.wide:  # all of which it rounds
+        if cut.kernel == "wide":  # all of which it rounds
             inputs = [one.bfloat16() for one in inputs]
         x_TH, inner_MI, gate_up_FRC, down_FRC = (one.float() for one in inputs)
-        most = 1e-5 if cut.wide else 1e-3
+        most = 1e-5 if cut.kernel == "wide" else 1e-3
         assert inner.isfinite().all() and out.isfinite().all()
         chosen_M, weights_M = self.chosen_TK.flatten(), self.weights_TK.flatten()
         for face in range(len(self.faces)):
@@ -142,6 +142,6 @@ def name_of(cut: Cut | None) -> str:
         return "chosen"
     if cut.meet:
         return f"meet{cut.meet}"
-    if cut.wide:
+    if cut.kernel == "wide":
         return f"wide{cut.tiles}"
-    return f"many{cut.tiles}" if cut.many else f"few{cut.tiles}x{cut.turns}"
+    return f"many{cut.tiles}" if cut.kernel == "many" else f"few{cut.tiles}x{cut.turns}"

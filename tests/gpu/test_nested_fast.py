@@ -18,9 +18,9 @@ PLACE = Place(DEVICE, gate_up=(8192, 2048), down=(2048, 4096))
 CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (2, 1), (4, 2))),
-    *(Cut(tiles, many=True) for tiles in (4, 8, 12)),
-    *(Cut(tiles, wide=True) for tiles in (4, 8, 12, 16)),
-    *(Cut(4, many=True, meet=most) for most in (16, 1000)),
+    *(Cut(tiles, kernel="many") for tiles in (4, 8, 12)),
+    *(Cut(tiles, kernel="wide") for tiles in (4, 8, 12, 16)),
+    *(Cut(4, kernel="many", meet=most) for most in (16, 1000)),
 ]
 
 
@@ -52,7 +52,7 @@ def test_parts_of_down_add_up(faces: str, tiles: int, num_parts: int) -> None:
 def test_sums_are_the_same_whichever_program_comes_first() -> None:
     # More row tiles than programs, so that some are cut.
     step = Step(PLACE, ALL_FACES["meeting"], num_tokens=150)
-    outs = [step.run(Cut(4, many=True, meet=1000)) for _ in range(20)]
+    outs = [step.run(Cut(4, kernel="many", meet=1000)) for _ in range(20)]
     for inner, out in outs:
         assert torch.equal(inner, outs[0][0])
         assert torch.equal(out, outs[0][1])

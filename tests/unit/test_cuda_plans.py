@@ -53,11 +53,11 @@ def test_a_step_is_cut_by_how_many_tokens_a_face_has(num_faces: int, hopper: boo
     cuts = [Cut.of(2 * batch, num_faces, hopper=hopper) for batch in BATCH_SIZES]
     assert not cuts[0].tiled, "one token"
     assert cuts[-1].tiled == hopper
-    assert cuts[-1].wide == (hopper and num_faces == 8)
+    assert (cuts[-1].kernel == "wide") == (hopper and num_faces == 8)
     for cut, batch in zip(cuts, BATCH_SIZES, strict=True):
-        assert not (cut.many and cut.wide)
-        widths = (4, 8, 12, 16) if cut.wide else (4, 8, 12) if cut.many else (1, 2, 4)
-        assert cut.tiles in widths
+        assert (
+            cut.tiles in {"few": (1, 2, 4), "many": (4, 8, 12), "wide": (4, 8, 12, 16)}[cut.kernel]
+        )
         assert cut.tokens * 8 >= 2 * batch / num_faces, "a face has few programs"
 
 
@@ -68,8 +68,8 @@ def test_faces_of_a_slot_meet_where_that_was_measured_to_be_faster() -> None:
 
     meetings = [cut(batch, 4.0) for batch in (1, 8, 32, 64, 128, 256)]
     assert [one.meet > 0 for one in meetings] == [0, 0, 1, 1, 1, 0]
-    assert [one.tiles for one in meetings if one.many] == [4, 4, 4, 8]
-    assert cut(32, 4.0).many, "who is alone in a slot goes to the other kernel"
+    assert [one.tiles for one in meetings if one.kernel == "many"] == [4, 4, 4, 8]
+    assert cut(32, 4.0).kernel == "many", "who is alone in a slot goes to the other kernel"
     assert cut(32, 1.0).meet == 0
     assert cut(32, 4.0, hopper=False).meet == 0
 

@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 CUTS = [
     None,
     *(Cut(tiles, turns) for tiles, turns in ((1, 8), (2, 4), (4, 1))),
-    *(Cut(tiles, many=True) for tiles in (4, 8, 12)),
-    *(Cut(tiles, wide=True) for tiles in (4, 8, 12, 16)),
-    Cut(4, many=True, meet=32),
+    *(Cut(tiles, kernel="many") for tiles in (4, 8, 12)),
+    *(Cut(tiles, kernel="wide") for tiles in (4, 8, 12, 16)),
+    Cut(4, kernel="many", meet=32),
 ]
 Launch = tuple[str, tuple[int, int, int], Sequence[Any], int]
 
@@ -112,7 +112,7 @@ def test_other_devices_have_room_for_the_kernel_of_few_tokens(
         part = replace(small, num_rows=rows, num_columns=columns)
         lists = FaceLists(1, len(part.faces_F6), num_pairs, 1, CPU)
         cut = nested_fast.chosen_cut(part, lists, num_pairs)
-        assert not cut.many and not cut.meet
+        assert cut.kernel == "few" and not cut.meet
         assert few_bytes(part, cut) <= LEAST_SHARED_BYTES
 
 

@@ -16,7 +16,7 @@ PLACE = Place(torch.device("cpu"), gate_up=(512, 1024), down=(256, 2048))
 
 
 def meeting_of(most: int) -> Cut:
-    return Cut(4, many=True, meet=most)
+    return Cut(4, kernel="many", meet=most)
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +29,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("mixed", 9, Cut(1, 8)),
         ("mixed", 40, Cut(2, 2)),
-        ("mixed", 40, Cut(4, many=True)),
-        ("mixed", 40, Cut(4, wide=True)),
-        ("threes", 70, Cut(8, wide=True)),
-        ("plain", 120, Cut(12, wide=True)),
-        ("alone", 180, Cut(16, wide=True)),
+        ("mixed", 40, Cut(4, kernel="many")),
+        ("mixed", 40, Cut(4, kernel="wide")),
+        ("threes", 70, Cut(8, kernel="wide")),
+        ("plain", 120, Cut(12, kernel="wide")),
+        ("alone", 180, Cut(16, kernel="wide")),
         ("threes", 9, Cut(1, 4)),
         ("threes", 40, Cut(4, 1)),
-        ("threes", 100, Cut(12, many=True)),
+        ("threes", 100, Cut(12, kernel="many")),
         ("plain", 9, Cut(1, 2)),
-        ("plain", 60, Cut(8, many=True)),
+        ("plain", 60, Cut(8, kernel="many")),
         ("alone", 9, None),
         ("meeting", 20, None),
         ("meeting", 60, meeting_of(1000)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -130,25 +131,23 @@ class Cut:
     """How a step is cut into programs.
 
     Attributes:
-        tiles: of four tokens, of eight where it is wide, that a program has at most.
-        turns: that a program of gate_up takes, one run of rows after another.
-        many: `nested_many.cu`, for which tiles are 4, 8 or 12 and turns 1, in place of
-            `nested_fast.cu`, for which they are 1, 2 or 4.
-        wide: `nested_wide.cu`, for which tiles are 4, 8, 12 or 16 and turns 1.
+        tiles: of four tokens, of eight in wide ones, that a program has at most.
+        turns: that a program of gate_up takes, one run of rows after another; 1 but for a few.
+        kernel: "few" is `nested_fast.cu`, for which tiles are 1, 2 or 4; "many" `nested_many.cu`,
+            for which they are 4, 8 or 12; "wide" `nested_wide.cu`, for which 4, 8, 12 or 16.
         meet: before `nested_many.cu`, `nested_meetings.cu` serves faces of a slot together that
             have up to so many tokens each.
     """
 
     tiles: int
     turns: int = 1
-    many: bool = False
-    wide: bool = False
+    kernel: Literal["few", "many", "wide"] = "few"
     meet: int = 0
 
     @property
     def tile(self) -> int:
         """Tokens of one."""
-        return WIDE_TILE if self.wide else TILE
+        return WIDE_TILE if self.kernel == "wide" else TILE
 
     @property
     def tokens(self) -> int:
@@ -158,7 +157,7 @@ class Cut:
     @property
     def tiled(self) -> bool:
         """Whether tokens lie in tiles."""
-        return self.many or self.wide
+        return self.kernel != "few"
 
     @classmethod
     def of(cls, num_pairs: int, num_faces: int, *, hopper: bool, faces_a_slot: float = 1.0) -> Cut:
@@ -172,12 +171,12 @@ class Cut:
         """
         a_face = num_pairs / num_faces
         if hopper and a_face > MANY_A_FACE:
-            return cls(16, wide=True)
+            return cls(16, kernel="wide")
         a_slot = a_face * faces_a_slot
         meets = faces_a_slot > 1.5 and num_pairs >= FEW_TO_MEET and a_slot <= MANY_TO_MEET
         if hopper and (meets or a_face >= FEW_A_FACE):
             tiles = 4 if a_face <= FOUR_TILES else 8 if a_face <= EIGHT_TILES else 12
-            return cls(tiles, many=True, meet=MOST_TO_MEET if meets else 0)
+            return cls(tiles, kernel="many", meet=MOST_TO_MEET if meets else 0)
         tiles = 1 if a_face <= 4 else 2 if a_face <= 8 else 4
         turns = 1 if num_pairs <= 4 else 2 if num_pairs <= 16 else 4
         return cls(tiles, turns)

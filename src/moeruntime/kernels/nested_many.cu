@@ -18,14 +18,9 @@
 // Compiled with GATE_UP, COLUMNS, TILES (4, 8 or 12), PLANES (private planes that a face has at most: three bits
 // are two), WIDE (somebody has a private plane of 4 bits) and STAGES (of the ring).
 
-constexpr int ROWS = 128;       // of a block
-constexpr int RUN = ROWS * 128; // bytes of a run of codes in a stage
+#include "nested_units.cuh"
 
-#include "nested_joined.cuh"
-
-constexpr int WORKERS = 256, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int TOKENS_AT = RUN * (2 + OWN_RUNS);
-constexpr int STAGE = TOKENS_AT + TILES * TILE_STEP; // a multiple of what a descriptor wants
+constexpr int STAGE = CODES + TILES * TILE_STEP; // a multiple of what a descriptor wants
 constexpr int GROUPS_AT = STAGES * STAGE, GROUPS = TILES * TILE_GROUPS;
 constexpr int BARRIERS_AT = GROUPS_AT + STAGES * GROUPS;
 
@@ -33,29 +28,15 @@ typedef SlotRing<STAGES, STAGE, 0, BARRIERS_AT> Ring;
 
 // One thread: all that a piece of work needs.
 __device__ __forceinline__ void copy_all(const Arguments &of, const Unit &unit, int row_tile, u32 ring_at, Ring &ring) {
-    const int bits = unit.bits, J = of.num_columns / 8, tiles = tiles_for(unit.tokens);
-    const Code code = {bits, unit.step};
-    const bool second = code.second();
-    const int own_runs = code.own_runs();
-    const u8 *const shared = of.shared_plane(unit.slot), *const own1 = (const u8 *)unit.at1;
-    const u8 *const own = plane_of(unit.at4, unit.at2, unit.at1, bits);
-    const int bytes = (2 + code.runs()) * RUN + tiles * (TILE_STEP + TILE_GROUPS);
-    const int steps = of.steps();
+    const int tiles = tiles_for(unit.tokens), steps = of.steps();
+    const int bytes = code_bytes({unit.bits, unit.step}) + tiles * (TILE_STEP + TILE_GROUPS);
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-        await_phase(ring_at + ring.empty(), ring.parity ^ 1);
         const u32 full = ring_at + ring.full(), to = ring_at + ring.at();
-        const int p = step & 1, j = (step >> 1) * GROUP;
-        auto copy_run = [&](int run, const u8 *plane, int byte) {
-            of.copy_rows(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
-        };
+        await_phase(ring_at + ring.empty(), ring.parity ^ 1);
         arrive_expecting(full, bytes);
-        copy_run(0, shared, p * J + j);
-        if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j);
-        of.copy_tiles(step, unit.tile, tiles, to + TOKENS_AT, ring_at + GROUPS_AT + ring.slot * GROUPS, full);
-        if (second) copy_run(2 + OWN, own1, j);
-        copy_run(1, shared, (p + 2) * J + j);
-        if (own_runs == 2) copy_run(3, own, (p + 2) * J + j);
+        of.copy_tiles(step, unit.tile, tiles, to + CODES, ring_at + GROUPS_AT + ring.slot * GROUPS, full);
+        copy_codes(of, unit, row_tile, step, to, full);
         ring.advance();
     }
 }
@@ -97,7 +78,7 @@ __device__ __forceinline__ void multiply_all(const Arguments &of, const Unit &un
         next.load(of, min(at_step + 1, steps - 1));
         const u8 *const here = memory + ring.at();
         const float2 *const groups_here = (const float2 *)(memory + GROUPS_AT + ring.slot * GROUPS) + t;
-        const u64 operand = descriptor(ring_at + ring.at() + TOKENS_AT, TILE_STEP);
+        const u64 operand = descriptor(ring_at + ring.at() + CODES, TILE_STEP);
         const int p = at_step & 1;
 
         u32 a[2][16];

@@ -74,13 +74,14 @@ class Program:
 
 def halves(cut: Cut) -> Program:
     """What makes integers, or bfloat16, of activations, and lists what is to be done with them."""
-    defines = {"TILED": 2 if cut.wide else int(cut.many), "TILE_TOKENS": cut.tile}
+    tiled = {"few": 0, "many": 1, "wide": 2}[cut.kernel]
+    defines = {"TILED": tiled, "TILE_TOKENS": cut.tile}
     return _program("nested_halves.cu", "halves", defines, HALVES_THREADS, 0)
 
 
 def of_units(part: FacePart, cut: Cut) -> Program:
     """What serves units of a cut that is `fitting`."""
-    if cut.wide:
+    if cut.kernel == "wide":
         slots, shared_bytes = _wide_rings(part, cut)
         defines = {
             "CODE_SLOTS": WIDE_CODE_SLOTS,
@@ -89,7 +90,7 @@ def of_units(part: FacePart, cut: Cut) -> Program:
             "TILES": cut.tiles,
         }
         return _of_part("nested_wide.cu", part, defines, MANY_THREADS, shared_bytes)
-    if cut.many:
+    if cut.kernel == "many":
         stages, shared_bytes = _ring(part, cut)
         defines = {"STAGES": stages, "COLUMNS": part.num_columns, "TILES": cut.tiles}
         return _of_part("nested_many.cu", part, defines, MANY_THREADS, shared_bytes)
@@ -115,7 +116,7 @@ def of_meetings(part: FacePart) -> Program:
 
 def fitting(part: FacePart, cut: Cut) -> Cut:
     """With fewer tokens a program, if codes that are wide leave no room for so many."""
-    while cut.many and _ring(part, cut)[0] < MIN_STAGES:
+    while cut.kernel == "many" and _ring(part, cut)[0] < MIN_STAGES:
         cut = replace(cut, tiles=cut.tiles - 4)
     return cut
 

@@ -16,19 +16,15 @@
 // Compiled with GATE_UP, TILES (of eight tokens: 4, 8, 12 or 16), PLANES (private planes that a face has at most: three
 // bits are two), WIDE (somebody has a private plane of 4 bits), CODE_SLOTS and TOKEN_SLOTS (of the rings).
 
-#include "nested_hopper.cuh"
+#include "nested_units.cuh"
 
 static_assert(TILE == 8, "tokens lie by eights");
 
-constexpr int ROWS = 128; // of a block
-constexpr int WORKERS = 256, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
-constexpr int RUN = ROWS * GROUP;                   // bytes of a run of codes in a slot
-constexpr int OWN = PLANES == 0 ? 0 : WIDE ? 2 : 1; // runs of the first private plane
-constexpr int CODE_SLOT = RUN * (2 + OWN + (PLANES == 2)), TOKEN_SLOT = TILES * TILE_BYTES; // of a step, of a batch
-constexpr int TOKENS_AT = CODE_SLOTS * CODE_SLOT, BARRIERS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
+constexpr int TOKEN_SLOT = TILES * TILE_BYTES; // of a batch
+constexpr int TOKENS_AT = CODE_SLOTS * CODES, BARRIERS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT;
 
-typedef SlotRing<CODE_SLOTS, CODE_SLOT, 0, BARRIERS_AT> Codes;
-typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> Tokens;
+typedef SlotRing<CODE_SLOTS, CODES, 0, BARRIERS_AT> CodeRing;
+typedef SlotRing<TOKEN_SLOTS, TOKEN_SLOT, TOKENS_AT, BARRIERS_AT + 16 * CODE_SLOTS> TokenRing;
 
 // Two numbers in bfloat16.
 __device__ __forceinline__ u32 times_plus(u32 a, u32 b, u32 c) {
@@ -53,33 +49,20 @@ struct Wide : Arguments {
 __device__ __forceinline__ int width_for(int tokens) { return tokens > 96 ? 16 : tokens > 64 ? 12 : tokens > 32 ? 8 : 4; }
 
 // One thread: all codes that a piece of work needs.
-__device__ __forceinline__ void copy_codes(const Wide &of, const Unit &unit, int row_tile, u32 memory_at, Codes &ring) {
-    const int bits = unit.bits, J = of.num_columns / 8;
-    const bool second = PLANES > 1 && bits == 3; // private plane
-    const int own_runs = PLANES == 0 || bits == 0 ? 0 : WIDE && bits == 4 ? 2 : 1;
-    const u8 *const shared = of.shared_plane(unit.slot), *const own1 = (const u8 *)unit.at1;
-    const u8 *const own = plane_of(unit.at4, unit.at2, unit.at1, bits);
-    const int steps = of.steps();
+__device__ __forceinline__ void copy_all(const Wide &of, const Unit &unit, int row_tile, u32 memory_at, CodeRing &ring) {
+    const int bytes = code_bytes({unit.bits, unit.step}), steps = of.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; step++) {
-        const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
+        const u32 full = memory_at + ring.full();
         await_phase(memory_at + ring.empty(), ring.parity ^ 1);
-        const int p = step & 1, j = (step >> 1) * GROUP;
-        auto copy_run = [&](int run, const u8 *plane, int byte) {
-            of.copy_rows(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
-        };
-        arrive_expecting(full, (2 + own_runs + second) * RUN);
-        copy_run(0, shared, p * J + j);
-        if (own_runs) copy_run(2, own, (bits == 1 ? 0 : p * J) + j);
-        if (second) copy_run(2 + OWN, own1, j);
-        copy_run(1, shared, (p + 2) * J + j);
-        if (own_runs == 2) copy_run(3, own, (p + 2) * J + j);
+        arrive_expecting(full, bytes);
+        copy_codes(of, unit, row_tile, step, memory_at + ring.at(), full);
         ring.advance();
     }
 }
 
 // One thread: all of its tokens.
-__device__ __forceinline__ void copy_tokens(const Wide &of, const Unit &unit, u32 memory_at, Tokens &ring) {
+__device__ __forceinline__ void copy_tokens(const Wide &of, const Unit &unit, u32 memory_at, TokenRing &ring) {
     const int tiles = tiles_for(unit.tokens), steps = of.steps();
 #pragma unroll 1
     for (int step = 0; step < steps; step++)
@@ -95,7 +78,7 @@ __device__ __forceinline__ void copy_tokens(const Wide &of, const Unit &unit, u3
 
 template <int T>
 __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, int row_tile, u8 *memory, u32 memory_at,
-                                             Codes &codes, Tokens &tokens) {
+                                             CodeRing &codes, TokenRing &tokens) {
     const int lane = threadIdx.x & 31, t = lane & 3, mine = 64 * (threadIdx.x / 128) + own_row(); // of the block's rows
     const int bits = unit.bits, row = of.row_of(ROWS * row_tile + mine), num_groups = of.num_groups();
     const u16 *const scale_at = of.scales + ((i64)unit.slot * of.num_rows + row) * num_groups;
@@ -203,11 +186,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 int num_rows, int num_columns) {
     extern __shared__ __align__(1024) u8 memory[];
     const u32 memory_at = (u32)__cvta_generic_to_shared(memory);
-    Codes codes;
-    Tokens tokens;
+    CodeRing codes;
+    TokenRing tokens;
     if (threadIdx.x == 0) {
-        Codes::init(memory_at, WARPS);
-        Tokens::init(memory_at, WARPS);
+        CodeRing::init(memory_at, WARPS);
+        TokenRing::init(memory_at, WARPS);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the copy engine too
     }
     __syncthreads();
@@ -217,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x >= WORKERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         for (int at = blockIdx.x; at < work; at += gridDim.x) {
-            if (threadIdx.x == WORKERS) copy_codes(of, units[at % num_units], at / num_units, memory_at, codes);
+            if (threadIdx.x == WORKERS) copy_all(of, units[at % num_units], at / num_units, memory_at, codes);
             if (threadIdx.x == WORKERS + 32) copy_tokens(of, units[at % num_units], memory_at, tokens);
         }
     } else {
