@@ -48,3 +48,15 @@ def test_the_folder_is_the_users_unless_named(
     assert ImageCache().get("key") is None
     ImageCache().put("key", b"image")
     assert list((tmp_path / "named").iterdir())
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    images = ImageCache()
+    images.put("key", b"image")
+    assert images.get("key") is None
