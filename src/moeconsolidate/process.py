@@ -60,7 +60,7 @@ def run_and_exit(app: typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
         place = f"{problem.filename}: " if problem.filename else ""
         code = _complain(f"{place}{problem.strerror or problem}", ResourceError.exit_code)
     except Exception as problem:
-        code = _complain(
+        code = _signal_behind(problem) or _complain(
             f"internal: {type(problem).__name__}: {problem} (a bug in moec; MOEC_TRACEBACK=1 shows "
             "where)",
             MoecError.exit_code,
@@ -77,6 +77,21 @@ def run_and_exit(app: typer.Typer, arguments: Sequence[str] | None) -> NoReturn:
         os._exit(code)
     gc.freeze()  # or Python looks for garbage in all of torch on its way out, for 0.2 s
     sys.exit(code)
+
+
+def _signal_behind(problem: BaseException) -> int:
+    """The exit code of a signal whose handling raised something else, or 0.
+
+    A second signal may come while a lock is being taken back, which is then released unlocked.
+    """
+    code, behind = 0, problem.__context__
+    while behind is not None:
+        if isinstance(behind, KeyboardInterrupt):
+            code = 130
+        elif isinstance(behind, SystemExit) and behind.code in SIGNAL_CODES:
+            code = int(behind.code)
+        behind = behind.__context__
+    return code
 
 
 _speaks_json = False
