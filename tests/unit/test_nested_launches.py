@@ -121,8 +121,8 @@ def test_down_comes_in_parts_where_its_programs_leave_the_last_round_half_empty(
 ) -> None:
     part = make_part(4, 1, wide=False, is_gate_up=False)  # 32 programs a pair, 528 at once
     lists = FaceLists(1, len(part.faces_F6), 64, 1, CPU)
-    parts = {pairs: nested_fast.down_parts(part, lists, pairs) for pairs in (2, 8, 10, 16)}
-    assert parts == {2: 2, 8: 2, 10: 1, 16: 1}, "10 just fill a round, 16 are for another kernel"
+    parts = {pairs: nested_fast.down_parts(part, lists, pairs) for pairs in (2, 8, 10, 16, 20, 64)}
+    assert parts == {2: 2, 8: 2, 10: 1, 16: 1, 20: 2, 64: 1}, "64 have the kernel of many tokens"
 
 
 @pytest.mark.parametrize(

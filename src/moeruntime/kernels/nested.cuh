@@ -13,6 +13,9 @@ constexpr int HALF = 16; // of such rows
 // exchanged, since two rows are all banks.
 __device__ __forceinline__ u32 code_place(int row, int chunk) { return row * GROUP + 16 * (chunk ^ (row & 1) << 2); }
 
+// m of a face's codes.
+__device__ __forceinline__ float middle_of(int bits, int step) { return 60.f + 0.5f * (float)(step * ((1 << bits) - 1)); }
+
 // A face's private plane of so many bits; of three bits the one of two.
 __device__ __forceinline__ const u8 *plane_of(i64 at4, i64 at2, i64 at1, int bits) {
     return (const u8 *)(bits == 4 ? at4 : bits == 1 ? at1 : at2);

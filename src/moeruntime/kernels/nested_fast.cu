@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, WARPS_AT_ONCE / WARPS)
         token_groups[tile] = groups + of_row * num_groups + q * all_steps + begin_at;
     }
     const u32 step = bits == 0 ? 0 : bits == 3 ? 2 * unit.step : unit.step, step1 = bits == 3 ? unit.step : 0;
-    const float middle = 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
+    const float middle = middle_of(bits, unit.step);
     const u32 own_mask = bits == 4 ? 0x0F0F0F0Fu : bits == 1 ? 0x01010101u : 0x03030303u;
     const int own_shift = bits == 4 ? 0 : bits == 1 ? q : (q >> 1) * 2;
     const int own_run = bits == 4 ? q : bits == 1 ? 0 : q & 1;

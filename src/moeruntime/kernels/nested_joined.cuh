@@ -16,7 +16,7 @@ enum Way {
 struct Code { // of a face: r and a
     int bits, step;
     __device__ __forceinline__ int most() const { return step * ((1 << bits) - 1); } // a L
-    __device__ __forceinline__ float middle() const { return 60.f + 0.5f * (float)most(); }
+    __device__ __forceinline__ float middle() const { return middle_of(bits, step); }
     __device__ __forceinline__ Way way() const {
         if (PLANES > 0 && bits == 2 && step == 2) return EVEN;
         return PLANES == 0 || bits != 3 && most() < 8 ? NARROW : ANY;
@@ -26,6 +26,22 @@ struct Code { // of a face: r and a
     __device__ __forceinline__ bool second() const { return PLANES > 1 && bits == 3; }
     __device__ __forceinline__ int runs() const { return own_runs() + second(); }
 };
+
+// By one thread: the private codes of a face, or of a unit of its tokens, beside shared codes that are `j` bytes into
+// run p of each row.
+template <class Owner>
+__device__ __forceinline__ void copy_own(const Arguments &of, const Owner &owner, int p, int j, u32 to, int row, int rows,
+                                         u32 full) {
+    const Code code = {(int)owner.bits, (int)owner.step};
+    const int J = of.num_columns / 8, runs = code.own_runs();
+    const u8 *const own = plane_of(owner.at4, owner.at2, owner.at1, code.bits);
+    auto copy_run = [&](int run, const u8 *plane, int byte) {
+        of.copy_rows(to + run * RUN, plane, byte + j, row, rows, full);
+    };
+    if (runs) copy_run(0, own, code.bits == 1 ? 0 : p * J);
+    if (runs == 2) copy_run(1, own, (p + 2) * J);
+    if (code.second()) copy_run(OWN, (const u8 *)owner.at1, 0);
+}
 
 // The upper half of each byte of one word, and the lower half of each of another. Who compiles this would not see that
 // it is one instruction.

@@ -3,7 +3,7 @@
 // The same sums as `nested_fast.cu`, whose head says what they are and how codes lie: integers, exact, and one
 // scale for 128 columns. `nested_many.cu` serves a face after the other, and where a slot has several it is what
 // multiprocessors can fetch that limits it: the shared codes again for each. Here a block takes a meeting of faces of a
-// slot, in parts of up to TILES tiles of four tokens of a face, and ROWS rows (of gate_up half as many neurons' gate
+// slot, in parts of up to PART_TILES tiles of four tokens of a face, and ROWS rows (of gate_up half as many neurons' gate
 // and up rows). Of a step (`Columns`) it fetches the shared codes once, then the private codes and the tokens of one
 // part after the other, and puts codes together anew for each.
 //
@@ -15,7 +15,7 @@
 // products the others of its scheduler put codes together. Tried and no faster: H multiplied by itself, with the tokens
 // of all faces at once, and L with those of each; deeper rings, with smaller parts.
 //
-// Compiled with GATE_UP, COLUMNS, WARPGROUPS, TILES (6), SUMS (tiles of a meeting), PLANES (private planes that a face
+// Compiled with GATE_UP, COLUMNS, WARPGROUPS, SUMS (tiles of a meeting), PLANES (private planes that a face
 // has at most: three bits are two), WIDE (somebody has a private plane of 4 bits), OWN_SLOTS and TOKEN_SLOTS (of rings).
 
 constexpr int ROWS = 64 * WARPGROUPS; // of a block
@@ -25,13 +25,16 @@ constexpr int RUN = ROWS * 128;       // bytes of a run of codes
 
 constexpr int WORKERS = 128 * WARPGROUPS, WARPS = WORKERS / 32, THREADS = WORKERS + 128;
 constexpr int SHARED_SLOTS = 2, SHARED_SLOT = 2 * RUN; // of a step
-constexpr int OWN_SLOT = OWN_RUNS * RUN, TOKEN_SLOT = TILES * TILE_STEP, GROUPS = TILES * TILE_GROUPS; // of a part
+constexpr int OWN_SLOT = OWN_RUNS * RUN, TOKEN_SLOT = PART_TILES * TILE_STEP; // of a part
+constexpr int GROUPS = PART_TILES * TILE_GROUPS;
 constexpr int OWN_AT = SHARED_SLOTS * SHARED_SLOT, TOKENS_AT = OWN_AT + OWN_SLOTS * OWN_SLOT;
 constexpr int GROUPS_AT = TOKENS_AT + TOKEN_SLOTS * TOKEN_SLOT, SUMS_AT = GROUPS_AT + TOKEN_SLOTS * GROUPS;
 constexpr int BARRIERS_AT = SUMS_AT + SUMS * 8 * WORKERS;
 constexpr int ADDRESSEES_AT = BARRIERS_AT + 16 * (SHARED_SLOTS + OWN_SLOTS + TOKEN_SLOTS);
 constexpr int ARRIVED_AT = ADDRESSEES_AT + SUMS * TILE * 8;
 constexpr int PARTIAL = ROWS * SUMS * TILE; // sums of a piece of work
+
+static_assert(PART_TILES == 6 && SUMS <= MOST_PARTS, "programs for so many tiles, and room for so many parts");
 
 constexpr int STEPS = 2 * COLUMNS / (8 * GROUP);
 
@@ -78,30 +81,20 @@ __device__ __forceinline__ void copy_shared(const Step &of, const Piece &piece, 
 }
 
 // One thread: the private codes of all parts, in the order in which they are read.
-__device__ __forceinline__ void copy_own(const Step &of, const Piece &piece, u32 memory_at, OwnRing &ring) {
+__device__ __forceinline__ void copy_own_codes(const Step &of, const Piece &piece, u32 memory_at, OwnRing &ring) {
     const Meeting &meeting = *piece.meeting;
-    const int first_row = of.first_row(piece.tile), J = COLUMNS / 8, parts = meeting.parts;
+    const int first_row = of.first_row(piece.tile), parts = meeting.parts;
 #pragma unroll 1
-    for (int step = piece.first; step < piece.last; step++) {
-        const int p = of.run_of(step), j = of.column_of(step);
+    for (int step = piece.first; step < piece.last; step++)
 #pragma unroll 1
         for (int part = 0; part < parts; part++) {
             const Face &face = of.faces[meeting.faces[part]];
-            const Code code = {(int)face.bits, (int)face.step};
-            const int own_runs = code.own_runs();
-            const u32 full = memory_at + ring.full(), to = memory_at + ring.at();
-            const u8 *const own = plane_of(face.at4, face.at2, face.at1, code.bits);
-            auto copy_run = [&](int run, const u8 *plane, int byte) {
-                of.copy_rows(to + run * RUN, plane, byte, first_row, ROWS, full);
-            };
+            const u32 full = memory_at + ring.full();
             await_phase(memory_at + ring.empty(), ring.parity ^ 1);
-            arrive_expecting(full, code.runs() * RUN);
-            if (own_runs) copy_run(0, own, (code.bits == 1 ? 0 : p * J) + j);
-            if (own_runs == 2) copy_run(1, own, (p + 2) * J + j);
-            if (code.second()) copy_run(OWN, (const u8 *)face.at1, j);
+            arrive_expecting(full, Code{(int)face.bits, (int)face.step}.runs() * RUN);
+            copy_own(of, face, of.run_of(step), of.column_of(step), memory_at + ring.at(), first_row, ROWS, full);
             ring.advance();
         }
-    }
 }
 
 // One thread: their tokens.
@@ -317,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             for_each_piece<STEPS>(meetings, of.tiles(),
                                   [&](const Piece &piece) { copy_shared(of, piece, memory_at, shared); });
         else if (threadIdx.x == WORKERS + 32)
-            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) { copy_own(of, piece, memory_at, own); });
+            for_each_piece<STEPS>(meetings, of.tiles(), [&](const Piece &piece) { copy_own_codes(of, piece, memory_at, own); });
         else if (threadIdx.x == WORKERS + 64)
             for_each_piece<STEPS>(meetings, of.tiles(),
                                   [&](const Piece &piece) { copy_tokens(of, piece, memory_at, tokens); });

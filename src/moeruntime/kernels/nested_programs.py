@@ -6,6 +6,7 @@ Imports no Triton, and compiles nothing: what is decided here is tested without 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from moeruntime.kernels.face_parts import (
@@ -105,7 +106,6 @@ def of_meetings(part: FacePart) -> Program:
     defines = {
         "COLUMNS": part.num_columns,
         "WARPGROUPS": room.warpgroups,
-        "TILES": PART_TILES,
         "SUMS": room.tiles,
         "OWN_SLOTS": room.own_slots,
         "TOKEN_SLOTS": TOKEN_SLOTS,
@@ -153,17 +153,21 @@ class MeetingRoom:
     @classmethod
     def of(cls, part: FacePart) -> MeetingRoom:
         """Three warpgroups, or two where there are many private codes."""
-        own_runs = _own_runs(part)
-        warpgroups = MEETING_ROWS // 64 if own_runs < 2 else 2
-        run = 64 * warpgroups * GROUP
-        own_slot = own_runs * run + BARRIER_BYTES
-        taken = SHARED_SLOTS * (2 * run + BARRIER_BYTES) + 16  # and a number
-        taken += TOKEN_SLOTS * (_step_bytes(TILE * PART_TILES) + BARRIER_BYTES)
-        sums = 8 * 128 * warpgroups + 8 * TILE  # of a tile, and who gets them
-        tiles = min(MEETING_TILES, (MAX_SHARED_BYTES - taken - MIN_OWN_SLOTS * own_slot) // sums)
-        taken += tiles * sums
-        own_slots = min(MAX_OWN_SLOTS, (MAX_SHARED_BYTES - taken) // own_slot)
-        return cls(warpgroups, own_slots, tiles, taken + own_slots * own_slot)
+        return _meeting_room(_own_runs(part))
+
+
+@cache
+def _meeting_room(own_runs: int) -> MeetingRoom:
+    warpgroups = MEETING_ROWS // 64 if own_runs < 2 else 2
+    run = 64 * warpgroups * GROUP
+    own_slot = own_runs * run + BARRIER_BYTES
+    taken = SHARED_SLOTS * (2 * run + BARRIER_BYTES) + 16  # and a number
+    taken += TOKEN_SLOTS * (_step_bytes(TILE * PART_TILES) + BARRIER_BYTES)
+    sums = 8 * 128 * warpgroups + 8 * TILE  # of a tile, and who gets them
+    tiles = min(MEETING_TILES, (MAX_SHARED_BYTES - taken - MIN_OWN_SLOTS * own_slot) // sums)
+    taken += tiles * sums
+    own_slots = min(MAX_OWN_SLOTS, (MAX_SHARED_BYTES - taken) // own_slot)
+    return MeetingRoom(warpgroups, own_slots, tiles, taken + own_slots * own_slot)
 
 
 def _of_part(

@@ -13,15 +13,9 @@ constexpr int CODES = RUN * (2 + OWN_RUNS); // bytes of a step: of two runs of t
 // By one thread: the codes of a step, of which `full` is to expect `code_bytes`.
 __device__ __forceinline__ int code_bytes(const Code &code) { return (2 + code.runs()) * RUN; }
 __device__ __forceinline__ void copy_codes(const Arguments &of, const Unit &unit, int row_tile, int step, u32 to, u32 full) {
-    const Code code = {unit.bits, unit.step};
-    const int J = of.num_columns / 8, p = step & 1, j = (step >> 1) * GROUP;
-    const u8 *const shared = of.shared_plane(unit.slot), *const own = plane_of(unit.at4, unit.at2, unit.at1, code.bits);
-    auto copy_run = [&](int run, const u8 *plane, int byte) {
-        of.copy_rows(to + run * RUN, plane, byte, ROWS * row_tile, ROWS, full);
-    };
-    copy_run(0, shared, p * J + j);
-    copy_run(1, shared, (p + 2) * J + j);
-    if (code.own_runs()) copy_run(2, own, (code.bits == 1 ? 0 : p * J) + j);
-    if (code.own_runs() == 2) copy_run(3, own, (p + 2) * J + j);
-    if (code.second()) copy_run(2 + OWN, (const u8 *)unit.at1, j);
+    const int J = of.num_columns / 8, p = step & 1, j = (step >> 1) * GROUP, row = ROWS * row_tile;
+    const u8 *const shared = of.shared_plane(unit.slot);
+    of.copy_rows(to, shared, p * J + j, row, ROWS, full);
+    of.copy_rows(to + RUN, shared, (p + 2) * J + j, row, ROWS, full);
+    copy_own(of, unit, p, j, to + 2 * RUN, row, ROWS, full);
 }

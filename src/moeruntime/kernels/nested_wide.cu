@@ -84,7 +84,7 @@ __device__ __forceinline__ void multiply_all(const Wide &of, const Unit &unit, i
     const u16 *const scale_at = of.scales + ((i64)unit.slot * of.num_rows + row) * num_groups;
     const u16 *const scale_below = scale_at + of.apart() * num_groups;
     const float step_of_l = bits ? (float)unit.step * (float)(1 << bits) : 0.f;
-    const float K = step_of_l + 128.f + 60.f + (bits ? (float)unit.step * (float)((1 << bits) - 1) * 0.5f : 0.f);
+    const float K = step_of_l + 128.f + middle_of(bits, unit.step);
     const u32 less = rounded(-K), of_l = rounded(step_of_l * 0.5f), of_h = rounded(64.f);
     const float amiss = -K - __uint_as_float(less << 16);
     // The upper half of a number. It is in a register, as columns are even, which nobody knows who compiles this: then
